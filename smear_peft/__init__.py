@@ -1,0 +1,40 @@
+"""Soft Merging of Experts with Adaptive Routing (SMEAR) as a PEFT method.
+
+`import smear_peft` registers it; everything else is PEFT's own: `get_peft_model(model, SmearConfig(...))`.
+"""
+
+import importlib.metadata
+
+from smear_peft.registration import register
+
+register()
+
+from smear_peft.config import SmearConfig  # noqa: E402
+from smear_peft.layer import SmearLayer  # noqa: E402
+from smear_peft.loading import load  # noqa: E402
+from smear_peft.losses import auxiliary_loss, routed_loss  # noqa: E402
+from smear_peft.model import SmearModel  # noqa: E402
+from smear_peft.routing import ROUTINGS  # noqa: E402
+from smear_peft.sites import Site, list_sites  # noqa: E402
+from smear_peft.temperature import parameter_groups, set_temperature, temperature_at  # noqa: E402
+from smear_peft.trace import Trace, override_routes, trace  # noqa: E402
+
+__version__ = importlib.metadata.version("smear-peft")
+
+__all__ = [
+    "ROUTINGS",
+    "Site",
+    "SmearConfig",
+    "SmearLayer",
+    "SmearModel",
+    "Trace",
+    "auxiliary_loss",
+    "list_sites",
+    "load",
+    "override_routes",
+    "parameter_groups",
+    "routed_loss",
+    "set_temperature",
+    "temperature_at",
+    "trace",
+]

@@ -1,0 +1,202 @@
+"""`SmearBlock`: what one adapter does at one site. Pool, route, run the experts, normalise, add.
+
+    text          out = y + LayerNorm(u)          u = experts(y)
+    feature maps  out = x + u                     u = experts(BatchNorm(x))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smear_peft.context import RoutingContext, pool
+from smear_peft.experts import BottleneckExperts, Expert
+from smear_peft.routing import Mixture, Query, Use, get_method
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from smear_peft.config import SmearConfig
+    from smear_peft.sites import Site
+
+EPS = 1e-5
+MOMENTUM = 0.1
+
+
+class SmearBlock(nn.Module):
+    """Experts, router and norm of one adapter at one site.
+
+    Args:
+        site: where it sits; gives the width D, the bottleneck r, the norm and the router's input.
+        config: resolved configuration of the adapter.
+
+    Raises:
+        ValueError: the method mixes positions and the site is a decoder's.
+    """
+
+    def __init__(self, site: Site, config: SmearConfig) -> None:
+        super().__init__()
+        method = get_method(config.routing)
+        if method.sees_all_positions and site.stack == "decoder":
+            raise ValueError(
+                f"{config.routing} mixes the positions of a sequence, so at the decoder site {site.name} later tokens "
+                "would leak into earlier ones; target the encoder's modules alone."
+            )
+        self.site = site
+        self.config = config
+        self.method = method
+        self.expert = BottleneckExperts(config.num_experts, site.width, site.bottleneck, config.activation)
+        self.routing = method.router(site, config)
+        self.norm: nn.Module | None = None
+        if site.norm == "post_layer_norm":
+            self.norm = nn.LayerNorm(site.width, eps=EPS)
+        elif site.norm == "pre_batch_norm":
+            self.norm = nn.BatchNorm2d(site.width, eps=EPS, momentum=MOMENTUM)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial values."""
+        self.expert.reset_parameters(self.config.expert_init_std)
+        self.routing.reset_parameters(self.config)
+        if self.norm is not None:
+            self.norm.reset_parameters()  # type: ignore[operator]
+
+    def forward(
+        self,
+        features: Tensor,
+        context: RoutingContext,
+        override: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Mixture | None, Tensor | None]:
+        """Features (B, L, D), (B, D), (B, H, W, D) or (B, D, H, W) -> the same shape, dtype and memory format.
+
+        Args:
+            features: the site's input or output.
+            context: of the running forward.
+            override: replaces the weights (`override_routes`).
+
+        Returns:
+            The new features, the mixture, and the router's input (B, D). Both are None for a step that reuses what an
+            earlier step of the same generate made.
+
+        Raises:
+            ValueError: the method needs tags or ids that the context does not have, or the site needs the encoder's
+                state and runs outside of its model.
+        """
+        tokens = self._tokens(self._normalised(features))
+        generation = context.generation if self.site.router_input == "encoder state" else None
+        if generation is not None and (plan := generation.recall(self)) is not None:
+            return features + self._as_features(self._update(tokens, *plan), features), None, None
+        mask = context.mask if features.ndim == 3 and self.site.router_input == "own output" else None
+        mixture, seen = self._route(tokens, mask, context, override)
+        expert = None
+        if generation is not None:
+            expert = self.expert.select(mixture, tokens.dtype)
+            generation.keep(self, mixture, expert)
+        return features + self._as_features(self._update(tokens, mixture, expert), features), mixture, seen
+
+    def _route(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        context: RoutingContext,
+        override: Callable[[str, Tensor], Tensor] | None,
+    ) -> tuple[Mixture, Tensor | None]:
+        rows = tokens.shape[0]
+        if context.generation is not None and self.site.router_input == "encoder state":
+            rows = context.generation.rows or rows
+        pooled = None
+        if self.routing.reads == "pooled":
+            pooled = self._pooled(tokens, mask, context)
+        query = Query(rows, tokens.device, pooled, tokens, mask, context.tags, context.example_ids)
+        for name, value in (("routing_tags", query.tags), ("example_ids", query.example_ids)):
+            if name in self.method.needs and value is None:
+                raise ValueError(missing_argument(self.method.name, name))
+        with torch.autocast(tokens.device.type, enabled=False):
+            mixture = self.routing(query)
+            if self.config.balance_weight > 0 and mixture.weights.shape[1] > 1:
+                mixture = mixture._replace(losses={**mixture.losses, "balance": balance(mixture)})
+        if override is not None:
+            mixture = mixture.with_weights(override(self.site.name, mixture.weights), self.site.name)
+        return mixture, pooled
+
+    def _pooled(self, tokens: Tensor, mask: Tensor | None, context: RoutingContext) -> Tensor:
+        if self.site.router_input == "encoder state":
+            if context.source is None:
+                raise ValueError(
+                    f"The router of {self.site.name} looks at the encoder's final state, which only a call of the whole "
+                    "model gives it; call the model (or its decoder with encoder_hidden_states), not this layer."
+                )
+            return context.source.pooled[self.config.pooling]
+        return pool(tokens, mask if self.config.pooling == "masked_mean" else None)
+
+    def _update(self, tokens: Tensor, mixture: Mixture, expert: Expert | None) -> Tensor:
+        """What is added to the tokens (B, L, D), rows of beams joined to the row of their source while it runs."""
+        rows = mixture.weights.shape[0]
+        batch, length, width = tokens.shape
+        if rows not in (1, batch):
+            tokens = tokens.reshape(rows, -1, width)
+        gate = mixture.gate
+        after = self.config.gate == "after_norm" and gate is not None
+        if after and gate is not None and gate.ndim == 2:
+            total = gate.sum(-1, keepdim=True)
+            mixture, gate = mixture._replace(gate=gate / total), total.squeeze(-1)
+        update = self.expert(tokens, mixture, expert)
+        if gate is not None and gate.ndim == 1 and not after:
+            update = update * gate.to(update.dtype)[:, None, None]
+        if self.site.norm == "post_layer_norm":
+            assert isinstance(self.norm, nn.LayerNorm)
+            weight, bias = self.norm.weight.to(update.dtype), self.norm.bias.to(update.dtype)
+            update = F.layer_norm(update, self.norm.normalized_shape, weight, bias, EPS)
+        if gate is not None and after:
+            update = update * gate.to(update.dtype)[:, None, None]
+        return update if rows in (1, batch) else update.reshape(batch, length, width)
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        if not isinstance(self.norm, nn.BatchNorm2d):
+            return features
+        norm = self.norm
+        if norm.weight.dtype == features.dtype:
+            return norm(features)
+        return norm(features.to(norm.weight.dtype)).to(features.dtype)
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        if self.site.feature_map:
+            return features.flatten(2).mT
+        return features.reshape(features.shape[0], -1, features.shape[-1])
+
+    def _as_features(self, update: Tensor, features: Tensor) -> Tensor:
+        if self.site.feature_map:
+            update = update.mT.unflatten(2, features.shape[2:])
+        return update.reshape(features.shape).to(features.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Live parameters and buffers under the fixtures' names (tests/fixtures/oracle/README.md)."""
+        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name.removeprefix("routing."): tensor for name, tensor in named.items()}
+
+
+def balance(mixture: Mixture) -> Tensor:
+    """Switch's load-balance term N sum_n f_n P_n: f the share of examples routed to n, P the mean weight (a scalar)."""
+    weights = mixture.weights
+    chosen = weights.argmax(-1) if mixture.chosen is None else mixture.chosen
+    share = torch.zeros_like(weights).scatter(1, chosen.reshape(weights.shape[0], -1), 1.0)
+    share = share / share.sum(-1, keepdim=True)
+    return weights.shape[1] * (share.mean(0) * weights.mean(0)).sum()
+
+
+def missing_argument(routing: str, name: str) -> str:
+    """The sentence that asks for a routing argument."""
+    what = {
+        "routing_tags": "the index of each example's task or domain",
+        "example_ids": "an integer that identifies each example",
+    }[name]
+    return (
+        f"routing={routing!r} needs {name}: {what}. Pass {name}=torch.tensor([...]) of length B to the model or to "
+        f"generate, beside the rest of the batch."
+    )
+
+
+__all__ = ["SmearBlock", "Use", "balance", "missing_argument"]

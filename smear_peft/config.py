@@ -1,0 +1,254 @@
+"""`SmearConfig`: every choice that a routed adapter makes, with its default and where it comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from smear_peft.registration import extend_peft_type
+
+MAX_EXPERTS = 4096
+FORMAT_VERSION = 1
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": ("silu", "gelu", "gelu_tanh", "relu", "tanh", "identity"),
+    "pooling": ("masked_mean", "mean"),
+    "norm": ("auto", "post_layer_norm", "pre_batch_norm", "none"),
+    "placement": ("auto", "input", "output"),
+    "gate": ("before_norm", "after_norm"),
+    "selector_mode": ("mix", "top1"),
+    "base_batch_norm": ("frozen", "train", "drift"),
+}
+
+
+def _setting(help_text: str, default: Any = None, factory: Any = None) -> Any:
+    metadata = {"help": help_text}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+@dataclass
+class SmearConfig(PeftConfig):
+    """How experts are routed, built and placed. Give it to `peft.get_peft_model`.
+
+    The defaults are the paper's (Muqeeth et al., "Soft Merging of Experts with Adaptive Routing"), repaired where the
+    published code depends on padding or on chance; `docs/routing.md` lists what to set to be faithful to either.
+
+    Raises:
+        ValueError: a field has a value that means nothing; the message names the field, the value and what is possible.
+        TypeError: a field has the wrong type.
+    """
+
+    routing: str = _setting("Name of the routing method, one of smear_peft.ROUTINGS.", "smear")
+    num_experts: int = _setting("Experts N per site, 1 to 4096 (paper: one per task or domain).", 8)
+    bottleneck_dim: int | None = _setting("Width r of an expert, in units; wins over reduction_factor.")
+    reduction_factor: int = _setting("r = site width // reduction_factor on text; r = 32 on feature maps.", 32)
+    expert_dropout: float | None = _setting(
+        "Probability that an expert is dropped for an example in training; None: 0.1 for smear and top_k, else 0 "
+        "(paper, table 1). Acts on methods with a softmax router."
+    )
+    activation: str = _setting("Non-linearity of an expert: " + ", ".join(CHOICES["activation"]) + ".", "silu")
+    pooling: str = _setting(
+        "Router input: masked_mean ignores padding; mean averages over it, as the authors' code.", "masked_mean"
+    )
+    norm: str = _setting(
+        "auto: post_layer_norm on text, pre_batch_norm on feature maps (paper, section 4); or none.", "auto"
+    )
+    expert_init_std: float = _setting("Standard deviation of the experts' initial weights (authors' code).", 0.01)
+    router_init_std: float = _setting("Standard deviation of the router's initial weights (authors' code).", 0.01)
+    train_layer_norms: bool | None = _setting(
+        "Train (and save) copies of the base's layer norms; None: yes where the paper does, on T5."
+    )
+    target_modules: list[str] | str | None = _setting(
+        "Sites: names, endings of names, or one regular expression; None: the architecture's own (list_sites)."
+    )
+    exclude_modules: list[str] | str | None = _setting("Sites to leave out, written as target_modules.")
+    layers_to_transform: list[int] | int | None = _setting("Only sites in layers with these indices (as in LoRA).")
+    layers_pattern: list[str] | str | None = _setting("Name of the module list that layers_to_transform counts.")
+    modules_to_save: list[str] | None = _setting("Modules to train in full and save, such as a new head.")
+    tasks: list[str] | None = _setting(
+        "Names of tasks or domains; a routing tag is an index into them. None: a tag is an expert's index."
+    )
+    task_to_expert: dict[str, Any] | None = _setting(
+        "tag routing: {task: expert}, or {'encoder': {...}, 'decoder': {...}}. None: task i has expert i."
+    )
+    placement: str = _setting(
+        "auto: on the input of an activation module, on the output of any other; or input, or output.", "auto"
+    )
+    gate: str = _setting(
+        "top_k, st_gumbel: where the gate multiplies. before_norm is the authors' code, after_norm keeps the router's "
+        "gradient.",
+        "before_norm",
+    )
+    selector_mode: str = _setting("dselect_k: mix the experts' outputs, or run the top1 expert unscaled.", "mix")
+    base_batch_norm: str = _setting(
+        "frozen: the base's BatchNorms keep their running statistics in training; train (or drift): they take part in "
+        "training mode and drift, as in the authors' code.",
+        "frozen",
+    )
+    top_k: int = _setting("top_k: experts used for an example; dselect_k: selectors.", 1)
+    temperature: float = _setting("st_gumbel: temperature at the start (authors' code).", 10.0)
+    min_temperature: float = _setting("st_gumbel: the annealing stops here (authors' code).", 0.5)
+    anneal_rate: float = _setting("st_gumbel: rate of the annealing (authors: 1e-6 on T5, 1e-4 on ResNet).", 1e-6)
+    policy_weight: float = _setting("reinforce: weight alpha of the policy term (paper, eq. 1).", 0.01)
+    entropy_weight: float = _setting("reinforce: weight beta of the entropy term (paper, eq. 1).", 5e-4)
+    value_weight: float = _setting("reinforce: weight gamma of the baseline's Huber loss (paper, eq. 1).", 0.01)
+    consistency_weight: float = _setting("adamix: weight of the consistency between two passes.", 1.0)
+    selector_loss_weight: float = _setting("dselect_k: weight of the selectors' entropy (authors' code).", 0.1)
+    balance_weight: float = _setting("Weight of Switch's load-balance term; 0 as in the paper.", 0.0)
+    slots_per_expert: int = _setting("soft_moe: slots P of an expert.", 1)
+    routing_options: dict[str, Any] = _setting("Settings of methods registered from outside.", factory=dict)
+    format_version: int = _setting("Version of the adapter's file format.", FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type()
+        self._normalise()
+        self._check_types()
+        self._check_values()
+        self._check_tasks()
+        from smear_peft.routing import get_method  # noqa: PLC0415 (the registry imports the routers, they import us)
+
+        get_method(self.routing).check(self)
+
+    def _normalise(self) -> None:
+        if isinstance(self.target_modules, set | tuple):
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, set | tuple):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.tasks, tuple):
+            self.tasks = list(self.tasks)
+        if self.routing == "single" and isinstance(self.num_experts, int):
+            self.num_experts = 1
+
+    def _check_types(self) -> None:
+        whole = ("num_experts", "reduction_factor", "top_k", "slots_per_expert", "format_version")
+        real = ("expert_init_std", "router_init_std", "temperature", "min_temperature", "anneal_rate", "policy_weight",
+                "entropy_weight", "value_weight", "consistency_weight", "selector_loss_weight", "balance_weight")  # fmt: skip
+        for name in ("routing", *CHOICES):
+            self._expect(name, str, "a string")
+        for name in whole:
+            self._expect(name, int, "a whole number")
+        for name in real:
+            self._expect(name, (int, float), "a number")
+        self._expect("bottleneck_dim", int, "a whole number or None", optional=True)
+        self._expect("expert_dropout", (int, float), "a number or None", optional=True)
+        self._expect("routing_options", dict, "a dict")
+        self._expect("task_to_expert", dict, "a dict or None", optional=True)
+        if self.train_layer_norms not in (None, True, False):
+            raise TypeError(f"train_layer_norms must be True, False or None, not {self.train_layer_norms!r}.")
+        for name in ("target_modules", "exclude_modules"):
+            self._expect_names(name, or_pattern=True)
+        self._expect_names("modules_to_save", or_pattern=False)
+
+    def _expect(self, name: str, kind: Any, wanted: str, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if (optional and value is None) or (isinstance(value, kind) and not isinstance(value, bool)):
+            return
+        raise TypeError(f"{name} must be {wanted}, not {value!r} of type {type(value).__name__}.")
+
+    def _expect_names(self, name: str, or_pattern: bool) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, str) and or_pattern:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{name}={value!r} is no regular expression: {error}.") from None
+            return
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+            wanted = "a list of names, a regular expression or None" if or_pattern else "a list of names or None"
+            raise TypeError(f"{name} must be {wanted}, not {value!r}.")
+
+    def _check_values(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; possible: {', '.join(choices)}.")
+        self._at_least("num_experts", 1)
+        if self.num_experts > MAX_EXPERTS:
+            raise ValueError(f"num_experts={self.num_experts} is more than the {MAX_EXPERTS} that are possible.")
+        self._at_least("reduction_factor", 1)
+        self._at_least("slots_per_expert", 1)
+        self._at_least("top_k", 1)
+        if self.bottleneck_dim is not None:
+            self._at_least("bottleneck_dim", 1)
+        for name in ("expert_init_std", "router_init_std", "policy_weight", "entropy_weight", "value_weight",
+                     "consistency_weight", "selector_loss_weight", "balance_weight", "anneal_rate"):  # fmt: skip
+            self._at_least(name, 0)
+        if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
+            raise ValueError(f"expert_dropout={self.expert_dropout} is outside [0, 1).")
+        for name in ("temperature", "min_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive number.")
+        if not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version}: this smear_peft reads versions 1 to {FORMAT_VERSION}; install a "
+                "newer one (pip install -U smear-peft) to load this adapter."
+            )
+
+    def _at_least(self, name: str, least: float) -> None:
+        value = getattr(self, name)
+        if not least <= value < float("inf"):
+            raise ValueError(f"{name}={value} must be a finite number of at least {least}.")
+
+    def _check_tasks(self) -> None:
+        if self.tasks is None:
+            if self.task_to_expert is not None:
+                raise ValueError("task_to_expert needs tasks: the list of the task names that it maps.")
+            return
+        if not isinstance(self.tasks, list) or not self.tasks or not all(isinstance(t, str) for t in self.tasks):
+            raise TypeError(f"tasks must be a list of names, not {self.tasks!r}.")
+        doubled = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+        if doubled:
+            raise ValueError(f"tasks names {', '.join(doubled)} more than once.")
+        if self.task_to_expert is not None:
+            for stack in ("encoder", "decoder"):
+                self.experts_of_tasks(stack)
+
+    def experts_of_tasks(self, stack: str | None) -> list[int]:
+        """The expert of each task in one stack.
+
+        Args:
+            stack: "encoder" or "decoder"; None where the model has a single stack (read as "encoder").
+
+        Returns:
+            One expert index per name in `tasks`.
+
+        Raises:
+            ValueError: `task_to_expert` misses a task or a stack, names an unknown one, or an expert out of range.
+        """
+        tasks = self.tasks or []
+        if self.task_to_expert is None:
+            return list(range(len(tasks)))
+        table = self.task_to_expert
+        if any(isinstance(value, dict) for value in table.values()):
+            stack = stack or "encoder"
+            if set(table) - {"encoder", "decoder"} or not isinstance(table.get(stack), dict):
+                raise ValueError(
+                    f"task_to_expert is given per stack, so it needs the keys 'encoder' and 'decoder'; found: "
+                    f"{', '.join(map(str, table))}."
+                )
+            table = table[stack]
+        missing, unknown = [t for t in tasks if t not in table], [t for t in table if t not in tasks]
+        if missing or unknown:
+            raise ValueError(
+                f"task_to_expert must name each of tasks {tasks}; missing: {missing or 'none'}, unknown: "
+                f"{unknown or 'none'}."
+            )
+        for task, expert in table.items():
+            if not isinstance(expert, int) or isinstance(expert, bool) or not 0 <= expert < self.num_experts:
+                raise ValueError(
+                    f"task_to_expert[{task!r}]={expert!r} is no expert; possible: 0 to {self.num_experts - 1}."
+                )
+        return [table[task] for task in tasks]
+
+    def dropout(self) -> float:
+        """`expert_dropout`, with None replaced by the method's own default."""
+        from smear_peft.routing import get_method  # noqa: PLC0415
+
+        default = get_method(self.routing).expert_dropout
+        return default if self.expert_dropout is None else float(self.expert_dropout)

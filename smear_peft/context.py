@@ -1,0 +1,181 @@
+"""`RoutingContext`: what a forward knows about its batch, handed to every routed block without touching the base model.
+
+A context lives in a context variable for the length of one forward of the module that owns it: hooks enter it when the
+root model or one of its stacks is called and leave it when the call ends, by whatever way (`hooks.py`). Two threads
+that call the same model therefore never see each other's batch, and nothing stays behind on the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from smear_peft.generation import Generation
+    from smear_peft.trace import Trace
+
+
+class Source(NamedTuple):
+    """The encoder's final state as decoder routers see it.
+
+    Attributes:
+        state: (B, S, D), the encoder's state itself.
+        mask: (B, S) or None.
+        pooled: (B, D) per pooling name.
+    """
+
+    state: Tensor
+    mask: Tensor | None
+    pooled: dict[str, Tensor]
+
+
+class RoutingContext(NamedTuple):
+    """Everything that routing may use, for one stack of one forward.
+
+    Attributes:
+        owner: the module (or trace) that entered this context.
+        outer: the context that it replaced.
+        rows: B, examples before beam expansion; None where nobody said.
+        tags: (B,) integers, indices into `SmearConfig.tasks`.
+        example_ids: (B,) integers.
+        routing_mask: (B, L), positions that routers may see, given by the caller.
+        mask: (B, L) of the stack that owns the site, None for all positions.
+        source: set in a decoder.
+        generation: set inside `generate`.
+        traces: who listens.
+        overrides: who replaces weights (`override_routes`).
+    """
+
+    owner: Any = None
+    outer: RoutingContext | None = None
+    rows: int | None = None
+    tags: Tensor | None = None
+    example_ids: Tensor | None = None
+    routing_mask: Tensor | None = None
+    mask: Tensor | None = None
+    source: Source | None = None
+    generation: Generation | None = None
+    traces: tuple[Trace, ...] = ()
+    overrides: tuple[tuple[frozenset[int], Callable[[str, Tensor], Tensor]], ...] = ()
+
+
+_CURRENT: ContextVar[RoutingContext] = ContextVar("smear_peft_routing", default=RoutingContext())  # noqa: B039
+
+
+def current() -> RoutingContext:
+    """The context of the forward that is running in this thread."""
+    return _CURRENT.get()
+
+
+def enter(context: RoutingContext) -> None:
+    """Make `context` the current one; its `outer` must be the one that it replaces."""
+    _CURRENT.set(context)
+
+
+def leave(owner: Any) -> None:
+    """Go back to the context outside `owner`'s. Does nothing if `owner` never entered one (it failed before)."""
+    context = _CURRENT.get()
+    if context.owner is owner and context.outer is not None:
+        _CURRENT.set(context.outer)
+
+
+@contextmanager
+def entered(context: RoutingContext) -> Iterator[RoutingContext]:
+    """`context` for the length of a `with` block."""
+    before = _CURRENT.get()
+    _CURRENT.set(context)
+    try:
+        yield context
+    finally:
+        _CURRENT.set(before)
+
+
+def pool(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the positions that a mask keeps (paper, section 4: "averaged across the sequence").
+
+    Args:
+        x: (B, L, D).
+        mask: (B, L), non-zero where a position counts; None for all.
+
+    Returns:
+        (B, D), in at least float32. An example without positions pools to zero.
+
+    Raises:
+        ValueError: the mask has another shape; the message names `routing_mask`.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if mask is None:
+        return x.mean(1, dtype=dtype)
+    if mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"The mask for routing has shape {tuple(mask.shape)}, but the features have (B, L) = {tuple(x.shape[:2])}. "
+            "Pass routing_mask=(B, L), non-zero at the positions that routers may see."
+        )
+    kept = (mask != 0).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        total = torch.bmm(kept.unsqueeze(1), x.to(dtype)).squeeze(1)
+    return total / kept.sum(1, keepdim=True).clamp(min=1)
+
+
+def as_mask(mask: Tensor | None, found_in: str) -> Tensor | None:
+    """A (B, L) mask, or an error that says what to pass instead.
+
+    Raises:
+        ValueError: the mask is not two-dimensional.
+    """
+    if mask is None or not isinstance(mask, Tensor):
+        return None
+    if mask.ndim != 2:
+        raise ValueError(
+            f"{found_in} has shape {tuple(mask.shape)}; routers pool over positions and need (B, L). Pass "
+            "routing_mask=(B, L) beside it, non-zero at the positions that routers may see."
+        )
+    return mask
+
+
+ROUTED_ARGUMENTS = ("routing_tags", "example_ids", "routing_mask")
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """B of a call, from the first tensor that it was given."""
+    preferred = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_features", "encoder_outputs")
+    values = [kwargs.get(name) for name in preferred] + list(args) + list(kwargs.values())
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+        state = getattr(value, "last_hidden_state", None)
+        if state is None and isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
+            state = value[0]
+        if isinstance(state, Tensor):
+            return state.shape[0]
+    return None
+
+
+def as_ids(name: str, value: Any, rows: int | None, device: torch.device) -> Tensor:
+    """Tags or example ids as a (B,) integer tensor.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: there are more or fewer than B of them.
+    """
+    if not isinstance(value, Tensor):
+        if not isinstance(value, list | tuple) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            raise TypeError(f"{name} must be a tensor or list of integers, one per example; found {value!r}.")
+        value = torch.tensor(value, dtype=torch.long)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, found {value.dtype}; use {name}.long() if they are whole numbers.")
+    if value.ndim != 1 or (rows is not None and value.shape[0] != rows):
+        wanted = "(B,)" if rows is None else f"({rows},)"
+        raise ValueError(f"{name} must have shape {wanted}, one per example; found {tuple(value.shape)}.")
+    return value.to(device=device, dtype=torch.long)
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter."""
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,220 @@
+"""The stacked bottleneck experts of one site, and the few ways to run them.
+
+    expert_n(x) = act(x down_n + b_n) up_n          down_n (D, r), b_n (r,), up_n (r, D); no bias after up
+
+All ways work on tokens (B, L, D) as a view in whatever memory layout the features have: feature maps (B, D, H, W) come
+as (B, HW, D) without a copy, and every product keeps the layout of its left operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smear_peft.routing.mixture import Mixture, Use
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+class Expert(NamedTuple):
+    """Parameters to run: one expert per row, or a single one for all rows.
+
+    Attributes:
+        down: (R, D, r).
+        bias: (R, r).
+        up: (R, r, D).
+    """
+
+    down: Tensor
+    bias: Tensor
+    up: Tensor
+
+    def to(self, dtype: torch.dtype) -> Expert:
+        """The same parameters in another dtype."""
+        return Expert(self.down.to(dtype), self.bias.to(dtype), self.up.to(dtype))
+
+
+class StackedLinear(nn.Module):
+    """N linear maps side by side: weight (N, in, out), bias (N, out) or none."""
+
+    def __init__(self, num_experts: int, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(num_experts, outputs)) if bias else None
+
+
+class BottleneckExperts(nn.Module):
+    """N bottleneck adapters that share a site (paper, section 4; Houlsby et al., 2019).
+
+    Args:
+        num_experts: N.
+        width: D, of the features.
+        bottleneck: r, of the inner layer.
+        activation: name in `ACTIVATIONS`.
+    """
+
+    def __init__(self, num_experts: int, width: int, bottleneck: int, activation: str) -> None:
+        super().__init__()
+        self.down = StackedLinear(num_experts, width, bottleneck, bias=True)
+        self.up = StackedLinear(num_experts, bottleneck, width, bias=False)
+        self.activation = activation
+
+    def reset_parameters(self, std: float) -> None:
+        """Weights ~ N(0, std^2), biases 0 (reference.md 1): experts differ from the start, to break the symmetry."""
+        nn.init.normal_(self.down.weight, std=std)
+        nn.init.normal_(self.up.weight, std=std)
+        assert self.down.bias is not None
+        nn.init.zeros_(self.down.bias)
+
+    def select(self, mixture: Mixture, dtype: torch.dtype) -> Expert | None:
+        """The parameters that a mixture wants run, in the features' dtype; None where several experts run apart.
+
+        This is the half of the work that does not depend on the features, so a decoder does it once (`generation.py`).
+        """
+        if mixture.use is Use.MERGE:
+            return self.merged(mixture.weights).to(dtype)
+        if mixture.use is Use.CHOOSE and mixture.chosen is not None and mixture.chosen.ndim == 1:
+            up = mixture.chosen if mixture.chosen_up is None else mixture.chosen_up
+            return self.gathered(mixture.chosen, up).to(dtype)
+        return None
+
+    def merged(self, weights: Tensor) -> Expert:
+        """The experts' average by weights (R, N): one product per parameter builds all R merged experts.
+
+        N == 1 with a constant weight is the plain adapter: its parameters as they are.
+        """
+        down, bias, up = self._stacked()
+        if down.shape[0] == 1 and weights.shape[0] == 1:
+            return Expert(down, bias, up)
+        dtype = torch.promote_types(weights.dtype, down.dtype)
+        with torch.autocast(weights.device.type, enabled=False):
+            merged = (weights.to(dtype) @ theta.to(dtype).flatten(1) for theta in (down, bias, up))
+            return Expert(*(m.unflatten(1, theta.shape[1:]) for m, theta in zip(merged, (down, bias, up), strict=True)))
+
+    def gathered(self, down_index: Tensor, up_index: Tensor) -> Expert:
+        """Expert down_index (R,) for the way down, up_index (R,) for the way up."""
+        down, bias, up = self._stacked()
+        return Expert(
+            down.index_select(0, down_index), bias.index_select(0, down_index), up.index_select(0, up_index)
+        )
+
+    def run(self, tokens: Tensor, expert: Expert) -> Tensor:
+        """Tokens (R, L, D) through one expert per row, or through a single one: (R, L, D)."""
+        act = ACTIVATIONS[self.activation]
+        if expert.down.shape[0] == 1:
+            return _shared(act(_shared(tokens, expert.down[0], expert.bias[0])), expert.up[0])
+        return _product(act(_product(tokens, expert.down, expert.bias)), expert.up)
+
+    def mix(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Outputs of all experts on (R, L, D), averaged by weights (R, N): two products of width N r, nothing wider."""
+        down, bias, up = (theta.to(tokens.dtype) for theta in self._stacked())
+        experts, _, bottleneck = down.shape
+        hidden = _shared(tokens, down.transpose(0, 1).flatten(1), bias.flatten())
+        hidden = ACTIVATIONS[self.activation](hidden)
+        share = weights.to(hidden.dtype).repeat_interleave(bottleneck, 1).unsqueeze(1)  # (R, 1, N r)
+        assert share.shape[-1] == experts * bottleneck
+        return _shared(hidden * share, up.flatten(0, 1))
+
+    def choose(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """Expert chosen (R,) of each row on (R, L, D), rows grouped by expert so that no parameter is copied per row."""
+        order = chosen.argsort()
+        counts = torch.bincount(chosen, minlength=self.down.weight.shape[0]).tolist()
+        pieces = tokens.index_select(0, order).split(counts)
+        experts = zip(*(theta.to(tokens.dtype).unbind(0) for theta in self._stacked()), strict=True)
+        outputs = [
+            self.run(piece, Expert(*(theta.unsqueeze(0) for theta in expert)))
+            for piece, expert in zip(pieces, experts, strict=True)
+            if piece.shape[0]
+        ]
+        return torch.cat(outputs).index_select(0, order.argsort())
+
+    def slots(self, tokens: Tensor, dispatch: Tensor, combine: Tensor) -> Tensor:
+        """Each expert on its slots, weighted means of the positions of (B, L, D): dispatch, combine (B, L, N P)."""
+        down, bias, up = (theta.to(tokens.dtype) for theta in self._stacked())
+        experts = down.shape[0]
+        inputs = dispatch.to(tokens.dtype).mT @ tokens  # (B, N P, D)
+        per_expert = inputs.unflatten(1, (experts, -1)).transpose(0, 1).flatten(1, 2)  # (N, B P, D)
+        hidden = ACTIVATIONS[self.activation](torch.baddbmm(bias.unsqueeze(1), per_expert, down))
+        outputs = torch.bmm(hidden, up).unflatten(1, (tokens.shape[0], -1)).transpose(0, 1).flatten(1, 2)
+        return _product(_like(combine.to(tokens.dtype), tokens), outputs)
+
+    def forward(self, tokens: Tensor, mixture: Mixture, expert: Expert | None = None) -> Tensor:
+        """What the mixture asks for, on tokens (R, L, D): (R, L, D), ungated unless several experts are summed.
+
+        Args:
+            tokens: the features, R rows as the mixture has them.
+            mixture: from the router.
+            expert: `select(mixture)` if it was made before.
+        """
+        if mixture.use is Use.MIX:
+            return self.mix(tokens, mixture.weights)
+        if mixture.use is Use.SLOTS:
+            assert mixture.slots is not None
+            return self.slots(tokens, *mixture.slots)
+        if expert is None and mixture.use is Use.CHOOSE:
+            assert mixture.chosen is not None
+            if mixture.chosen.ndim == 2:
+                return self._several(tokens, mixture)
+            if mixture.chosen_up is None and self._grouping_pays(tokens):
+                return self.choose(tokens, mixture.chosen)
+        expert = expert or self.select(mixture, tokens.dtype)
+        assert expert is not None
+        return self.run(tokens, expert)
+
+    def _several(self, tokens: Tensor, mixture: Mixture) -> Tensor:
+        """The sum of k chosen experts (R, k), each times its gate (R, k)."""
+        assert mixture.chosen is not None
+        assert mixture.gate is not None
+        total = torch.zeros((), dtype=tokens.dtype, device=tokens.device)
+        for chosen, gate in zip(mixture.chosen.unbind(1), mixture.gate.to(tokens.dtype).unbind(1), strict=True):
+            one = Mixture(mixture.weights, Use.CHOOSE, chosen)
+            total = total + self.forward(tokens, one) * gate[:, None, None]
+        return total
+
+    def _grouping_pays(self, tokens: Tensor) -> bool:
+        """Grouping moves L D numbers a row twice, gathering 2 D r: group when L < r, and never inside a graph."""
+        return tokens.shape[1] < self.down.weight.shape[2] and not torch.compiler.is_compiling()
+
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.down.bias is not None
+        return self.down.weight, self.down.bias, self.up.weight
+
+
+def _is_channels_first(x: Tensor) -> bool:
+    """Whether (B, L, D) is a view of a (B, D, L) memory layout."""
+    return x.stride(-1) != 1 and x.stride(-2) == 1
+
+
+def _like(x: Tensor, layout: Tensor) -> Tensor:
+    """x (B, L, K) in the memory layout of another (B, L, D) tensor."""
+    return x.mT.contiguous().mT if _is_channels_first(layout) else x
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(R, L, i) by (R, i, o), plus bias (R, o): (R, L, o) in the memory layout of x."""
+    if _is_channels_first(x):
+        if bias is None:
+            return torch.bmm(weight.mT, x.mT).mT
+        return torch.baddbmm(bias.unsqueeze(2), weight.mT, x.mT).mT
+    if bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+
+def _shared(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(R, L, i) by one (i, o), plus bias (o,): (R, L, o) in the memory layout of x."""
+    if not _is_channels_first(x):
+        return F.linear(x, weight.mT, bias)
+    product = (weight.mT @ x.mT).mT
+    return product if bias is None else product + bias

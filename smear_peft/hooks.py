@@ -1,0 +1,385 @@
+"""How a forward gets its `RoutingContext`: hooks on the root model and on its stacks, put there at injection.
+
+    root pre-hook      takes the routing arguments out of the call, checks them, enters a context
+    stack pre-hook     adds the stack's mask; in a decoder, pools the encoder's state
+    post-hooks         leave it again, also when the forward failed
+
+All hooks are plain picklable objects, so that copies of a model bring their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from smear_peft.block import missing_argument
+from smear_peft.context import (
+    ROUTED_ARGUMENTS,
+    RoutingContext,
+    Source,
+    as_ids,
+    as_mask,
+    batch_size,
+    current,
+    enter,
+    entered,
+    leave,
+    module_device,
+    pool,
+)
+from smear_peft.generation import RoutedGenerate
+from smear_peft.routing import get_method
+from smear_peft.sites import Stacks
+
+if TYPE_CHECKING:
+    from smear_peft.config import SmearConfig
+    from smear_peft.layer import SmearLayer
+
+
+class Call:
+    """Looks up arguments of a module's forward, given by name or by position."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names = [
+            name
+            for name, p in inspect.signature(module.forward).parameters.items()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        self.positions = {name: index for index, name in enumerate(names)}
+
+    def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument called `name`, or None."""
+        if name in kwargs:
+            return kwargs[name]
+        index = self.positions.get(name, len(args))
+        return args[index] if index < len(args) else None
+
+
+class RootHook:
+    """Forward pre-hook of the root model.
+
+    Args:
+        module: the root model.
+        layers: its routed layers.
+        is_stack: whether the root is its own only stack, so that its attention mask is the sites' mask.
+    """
+
+    def __init__(self, module: nn.Module, layers: list[SmearLayer], is_stack: bool) -> None:
+        self.layers = layers
+        self.call = Call(module)
+        self.is_stack = is_stack
+        self.warned = False
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take the routing arguments out of the call and enter the context that they make."""
+        outer = current()
+        given = {name: kwargs[name] for name in ROUTED_ARGUMENTS if name in kwargs}
+        if given:
+            kwargs = {name: value for name, value in kwargs.items() if name not in given}
+        inside = outer.generation is not None and isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module
+        if inside and not given:
+            context = outer
+        else:
+            context = self.context(module, given, batch_size(args, kwargs))
+            for trace in context.traces:
+                if trace.root is module:
+                    trace.begin()
+        if self.is_stack:
+            mask = context.routing_mask
+            if mask is None:
+                mask = as_mask(self.call.get("attention_mask", args, kwargs), "attention_mask")
+            context = context._replace(mask=mask)
+        if module.training and torch.is_grad_enabled():
+            self._warn_of_lost_terms(context)
+            route_checkpoints(module)
+        enter(context._replace(owner=module, outer=outer))
+        return args, kwargs
+
+    def context(self, module: nn.Module, given: dict[str, Any], rows: int | None) -> RoutingContext:
+        """The context that a call's routing arguments make, checked against what the active methods need.
+
+        Raises:
+            ValueError: something that a method needs is missing, or has a wrong shape or range.
+            TypeError: tags or ids are no integers.
+        """
+        outer = current()
+        device = module_device(module)
+        ids: dict[str, Tensor | None] = {"routing_tags": None, "example_ids": None}
+        for config in self.configs():
+            method = get_method(config.routing)
+            for name in method.needs:
+                value = given.get(name)
+                if value is None:
+                    raise ValueError(missing_argument(config.routing, name))
+                ids[name] = as_ids(name, value, rows, device)
+                if name == "routing_tags":
+                    check_range(ids[name], config)
+        mask = as_mask(given.get("routing_mask"), "routing_mask")
+        return RoutingContext(
+            outer=outer,
+            rows=rows,
+            tags=ids["routing_tags"],
+            example_ids=ids["example_ids"],
+            routing_mask=mask,
+            traces=outer.traces,
+            overrides=outer.overrides,
+        )
+
+    def configs(self) -> list[SmearConfig]:
+        """Configurations of the adapters that run in this model."""
+        found: dict[str, SmearConfig] = {}
+        for layer in self.layers:
+            for name in layer.running():
+                if name not in found:
+                    found[name] = layer.smear_block[name].config  # type: ignore[assignment]
+        return list(found.values())
+
+    def _warn_of_lost_terms(self, context: RoutingContext) -> None:
+        if self.warned or context.traces:
+            return
+        for config in self.configs():
+            method = get_method(config.routing)
+            terms = [*method.losses, *(["balance"] if config.balance_weight > 0 else [])]
+            if terms:
+                self.warned = True
+                warnings.warn(
+                    f"routing={config.routing!r} has auxiliary terms ({', '.join(terms)}) that the model's loss does not "
+                    "hold. Train with smear_peft.SmearTrainer, or with smear_peft.routed_loss(model, batch) in a loop.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+
+def check_range(tags: Tensor | None, config: SmearConfig) -> None:
+    """Tags must be indices of tasks (of experts where no tasks are named). Not checked inside a compiled graph.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    if tags is None or torch.compiler.is_compiling() or tags.numel() == 0:
+        return
+    count = len(config.tasks) if config.tasks else config.num_experts
+    low, high = int(tags.min()), int(tags.max())
+    wrong = low if low < 0 else high
+    if low < 0 or high >= count:
+        names = f" ({', '.join(config.tasks)})" if config.tasks else ""
+        raise ValueError(
+            f"routing_tags holds {wrong}, but routing={config.routing!r} has {count} "
+            f"{'tasks' if config.tasks else 'experts'}{names}: tags go from 0 to {count - 1}."
+        )
+
+
+class StackHook:
+    """Forward pre-hook of an encoder or decoder.
+
+    Args:
+        module: the stack.
+        kind: "encoder" or "decoder".
+        poolings: how routers in this stack pool.
+    """
+
+    def __init__(self, module: nn.Module, kind: str, poolings: tuple[str, ...]) -> None:
+        self.call = Call(module)
+        self.kind = kind
+        self.poolings = poolings
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Enter the stack's context."""
+        outer = current()
+        if self.kind == "encoder":
+            mask = outer.routing_mask
+            if mask is None:
+                mask = as_mask(self.call.get("attention_mask", args, kwargs), "attention_mask")
+            context = outer._replace(mask=mask, source=None)
+        else:
+            context = outer._replace(mask=None, source=self._source(outer, args, kwargs))
+        if module.training and torch.is_grad_enabled():
+            route_checkpoints(module)
+        enter(context._replace(owner=module, outer=outer))
+
+    def _source(self, context: RoutingContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source | None:
+        generation = context.generation
+        if generation is not None and generation.source is not None:
+            return generation.source
+        state = self.call.get("encoder_hidden_states", args, kwargs)
+        if state is None:
+            return None
+        mask = context.routing_mask
+        if mask is None:
+            mask = as_mask(self.call.get("encoder_attention_mask", args, kwargs), "encoder_attention_mask")
+        if generation is not None:
+            state = generation.first_beams(state)
+            if mask is not None and mask.shape[0] != state.shape[0]:
+                mask = generation.first_beams(mask)
+        source = pooled_source(state, mask, self.poolings)
+        if generation is not None and not torch.is_grad_enabled():
+            generation.source = source
+        return source
+
+
+def pooled_source(state: Tensor, mask: Tensor | None, poolings: tuple[str, ...]) -> Source:
+    """The encoder's state (B, S, D), pooled once for all decoder routers."""
+    pooled = {name: pool(state, mask if name == "masked_mean" else None) for name in poolings}
+    return Source(state, mask, pooled)
+
+
+class LeaveHook:
+    """Forward post-hook: leave the module's context. Registered to run when the forward failed, too."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Leave."""
+        leave(module)
+
+
+def route_checkpoints(module: nn.Module) -> None:
+    """Make transformers' checkpointed layers recompute in the context of their forward.
+
+    Their `_gradient_checkpointing_func` is set whenever the user enables checkpointing, so this looks at each training
+    forward; it is a no-op where it was done before.
+    """
+    if not getattr(module, "is_gradient_checkpointing", False):
+        return
+    for child in module.modules():
+        function = child.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, RoutedCheckpoint):
+            child._gradient_checkpointing_func = RoutedCheckpoint(function)  # type: ignore[assignment]
+
+
+class RoutedCheckpoint:
+    """A gradient checkpointing function that carries the routing context into the recomputation.
+
+    The recomputation happens in the backward pass, long after the hooks have left, perhaps in another thread.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `forward(*args)`.
+
+        Raises:
+            ValueError: checkpointing is re-entrant, and a method's blocks make auxiliary terms.
+        """
+        return self.function(_Recomputed(forward, args), *args, **kwargs)
+
+
+class _Recomputed:
+    """A checkpointed forward: the first call is the forward itself, later ones recompute it."""
+
+    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.forward = forward
+        self.context = current()
+        self.grad = torch.is_grad_enabled()
+        source = self.context.source
+        at = [i for i, arg in enumerate(args) if source is not None and arg is source.state]
+        self.source_at = at[0] if at else None
+        self.first = True
+        self.reentrant = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.first:
+            self.first = False
+            self.reentrant = self.grad and not torch.is_grad_enabled()
+            if self.reentrant:
+                refuse_lost_terms(self.forward)
+            return self.forward(*args)
+        context = self.context._replace(traces=())
+        if self.reentrant and self.source_at is not None and context.source is not None:
+            # Re-entrant recomputation differentiates with respect to its own arguments: route from that copy.
+            source = context.source
+            context = context._replace(source=pooled_source(args[self.source_at], source.mask, tuple(source.pooled)))
+        with entered(context):
+            return self.forward(*args)
+
+
+def refuse_lost_terms(forward: Callable[..., Any]) -> None:
+    """Refuse re-entrant checkpointing of blocks that make auxiliary terms: these would have no gradient.
+
+    Raises:
+        ValueError: a checkpointed block makes one; the message says how to checkpoint instead.
+    """
+    from smear_peft.layer import SmearLayer  # noqa: PLC0415
+
+    owner = forward.args[0] if isinstance(forward, functools.partial) and forward.args else None
+    owner = owner if owner is not None else getattr(forward, "__self__", None)
+    if not isinstance(owner, nn.Module):
+        return
+    for layer in owner.modules():
+        for name in layer.running() if isinstance(layer, SmearLayer) else ():
+            block = layer.smear_block[name]
+            if block.method.block_losses or block.config.balance_weight > 0:
+                raise ValueError(
+                    f"routing={block.method.name!r} has auxiliary terms that re-entrant gradient checkpointing cannot "
+                    "carry; enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+
+
+def hold_statistics(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a frozen BatchNorm: use the running statistics, whatever mode the model is in."""
+    if module.training:
+        module.training = False
+
+
+def install(root: nn.Module, layers: dict[str, SmearLayer], configs: list[SmearConfig]) -> None:
+    """Put the hooks on a root model, in place of those of an earlier injection.
+
+    Args:
+        root: the base model.
+        layers: its routed layers by name.
+        configs: of all its SMEAR adapters.
+    """
+    uninstall(root)
+    stacks = Stacks(root)
+    pairs = list(stacks.named())
+    hook = RootHook(root, list(layers.values()), is_stack=not pairs)
+    root.register_forward_pre_hook(hook, with_kwargs=True)
+    root.register_forward_hook(LeaveHook(), always_call=True)
+    poolings = tuple(sorted({config.pooling for config in configs}))
+    for stack, kind in pairs:
+        stack.register_forward_pre_hook(StackHook(stack, kind, poolings), with_kwargs=True)
+        stack.register_forward_hook(LeaveHook(), always_call=True)
+    if callable(getattr(type(root), "generate", None)):
+        root.generate = RoutedGenerate(root, hook)  # type: ignore[assignment]
+
+
+def uninstall(root: nn.Module) -> None:
+    """Take every hook of ours off a root model and its parts."""
+    for module in root.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in table.items() if _is_ours(hook)]:
+                del table[key]
+        for extra in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+            for key in [k for k in getattr(module, extra) if k not in module._forward_pre_hooks | module._forward_hooks]:
+                del getattr(module, extra)[key]
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, RoutedCheckpoint):
+            module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+    if isinstance(root.__dict__.get("generate"), RoutedGenerate):
+        del root.generate
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, RootHook | StackHook | LeaveHook) or hook is hold_statistics
+
+
+def hold_base_statistics(root: nn.Module, skip: Callable[[str], bool]) -> None:
+    """Keep the running statistics of the base's BatchNorms fixed in training.
+
+    Args:
+        root: the base model, with adapters.
+        skip: names of modules that are trained in full, and so keep their own ways.
+    """
+    from smear_peft.layer import SmearLayer  # noqa: PLC0415
+
+    ours = {id(m) for layer in root.modules() if isinstance(layer, SmearLayer) for m in layer.smear_block.modules()}
+    for name, module in root.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in ours and not skip(name):
+            module.register_forward_pre_hook(hold_statistics)

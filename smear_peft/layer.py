@@ -1,0 +1,229 @@
+"""`SmearLayer`: one wrapped site. It runs the base layer and, before or after it, the block of each active adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from smear_peft.block import SmearBlock
+from smear_peft.context import RoutingContext, current
+
+if TYPE_CHECKING:
+    from smear_peft.config import SmearConfig
+    from smear_peft.sites import Site
+
+DEAD_PARAMETER = "router.weight_norm.bias"
+
+
+class SmearModule(nn.Module, BaseTunerLayer):
+    """What a routed site and a trained layer norm have in common: a base layer, and a dict by adapter."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters = []
+
+    def running(self) -> list[str]:
+        """Adapters that act in this module's forward, in their order."""
+        if self.disable_adapters:
+            return []
+        parts = getattr(self, self.adapter_layer_names[0])
+        return [name for name in self.active_adapters if name in parts]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: see `SmearModel`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(CANNOT_MERGE)
+
+
+CANNOT_MERGE = (
+    "A SMEAR adapter cannot be merged into the base weights: its experts are non-linear and their mixture depends on the "
+    "input. Keep the adapter, or take it off with unload(), which returns the base model unchanged."
+)
+
+
+class SmearLayer(SmearModule):
+    """A site of the base model, wrapped.
+
+    Text: `block(base_layer(x))`. Before an activation: `base_layer(block(x))`. Blocks of several active adapters apply
+    one after another.
+
+    Args:
+        base_layer: the wrapped module; looked up at every call.
+    """
+
+    adapter_layer_names = ("smear_block",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.smear_block = nn.ModuleDict()
+
+    def update_layer(
+        self, adapter_name: str, site: Site, config: SmearConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Give this site a block for one more adapter, or a fresh one for an adapter that it has.
+
+        Args:
+            adapter_name: name of the adapter.
+            site: what the site is under the adapter's configuration.
+            config: resolved configuration of the adapter.
+            device: where the block goes, unless it is made on the meta device.
+            dtype: of its parameters.
+        """
+        for name in ("in_features", "out_features"):
+            setattr(self, name, site.width)
+        block = SmearBlock(site, config)
+        on_meta = any(p.is_meta for p in block.parameters())
+        self.smear_block[adapter_name] = block.to(dtype=dtype) if on_meta else block.to(device, dtype)
+        self.smear_block[adapter_name].train(self.training)
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward with the active blocks around it; whatever else it takes is passed on."""
+        names = self.running()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        context = current()
+        before = [name for name in names if self.smear_block[name].site.placement == "input"]
+        for name in before:
+            x = self._route(name, x, context)
+        out = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            if name in before:
+                continue
+            if isinstance(out, tuple):
+                out = (self._route(name, out[0], context), *out[1:])
+            else:
+                out = self._route(name, out, context)
+        return out
+
+    def _route(self, name: str, features: Tensor, context: RoutingContext) -> Tensor:
+        block = self.smear_block[name]
+        features, mixture, seen = block(features, context, self._override(context))
+        if mixture is not None:
+            for trace in context.traces:
+                trace.add(self, name, block, mixture, seen)  # type: ignore[arg-type]
+        return features
+
+    def _override(self, context: RoutingContext) -> Callable[[str, Tensor], Tensor] | None:
+        for layers, fn in reversed(context.overrides):
+            if id(self) in layers:
+                return fn
+        return None
+
+    def block_state(self, adapter: str) -> dict[str, Tensor]:
+        """The live parameters and buffers of an adapter's block, in the fixtures' names, shapes and layout.
+
+        Args:
+            adapter: name of the adapter.
+
+        Returns:
+            Name -> tensor: `expert.down.weight` (N, D, r), `expert.down.bias` (N, r), `expert.up.weight` (N, r, D),
+            `router.*`, `norm.*` and so on, what the method uses and no more.
+
+        Raises:
+            KeyError: this site has no such adapter.
+        """
+        return self._block(adapter).state()
+
+    @torch.no_grad()
+    def load_block_state(self, adapter: str, tensors: dict[str, Tensor]) -> None:
+        """Copy values into an adapter's block; all or nothing.
+
+        Args:
+            adapter: name of the adapter.
+            tensors: name -> tensor as in `block_state`. Names that other methods use are ignored;
+                `num_batches_tracked` may be missing. Values are cast to the parameter's dtype.
+
+        Raises:
+            KeyError: this site has no such adapter; or a name is missing, or unknown to every method.
+            ValueError: a tensor has another shape.
+        """
+        state = self._block(adapter).state()
+        missing = [name for name in state if name not in tensors and not name.endswith("num_batches_tracked")]
+        unknown = [name for name in tensors if name not in state and not _is_known(name)]
+        if missing or unknown:
+            raise KeyError(
+                f"load_block_state: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; this block has "
+                f"{list(state)}."
+            )
+        for name, target in state.items():
+            if name in tensors and tensors[name].shape != target.shape:
+                raise ValueError(
+                    f"load_block_state: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}."
+                )
+        for name, target in state.items():
+            if name in tensors:
+                target.copy_(tensors[name])
+
+    def _block(self, adapter: str) -> SmearBlock:
+        if adapter not in self.smear_block:
+            raise KeyError(f"No adapter {adapter!r} at this site; it has {list(self.smear_block)}.")
+        return self.smear_block[adapter]  # type: ignore[return-value]
+
+
+KNOWN_NAMES = frozenset(
+    {
+        "expert.down.weight", "expert.down.bias", "expert.up.weight",
+        "router.weight", "router.input_norm.weight", "router.input_norm.bias", "router.weight_norm.weight", DEAD_PARAMETER,
+        "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked",
+        "baseline.down.weight", "baseline.down.bias", "baseline.up.weight", "baseline.up.bias",
+        "skill.weight", "dselect.z", "dselect.w", "softmoe.phi", "softmoe.scale",
+    }
+)  # fmt: skip
+
+
+def _is_known(name: str) -> bool:
+    return name in KNOWN_NAMES
+
+
+class SmearNorm(SmearModule):
+    """A layer norm of the base of which each adapter trains its own copy (paper, section 4: T5's norms train).
+
+    Args:
+        base_layer: the base's norm; it stays as it is, and returns with `disable_adapter()` and `unload()`.
+    """
+
+    adapter_layer_names = ("smear_norm",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.smear_norm = nn.ModuleDict()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The running adapter's norm, or the base's."""
+        names = self.running()
+        return (self.smear_norm[names[-1]] if names else self.base_layer)(*args, **kwargs)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, but only one adapter that trains layer norms can be active.
+
+        Raises:
+            ValueError: several are; the message names `train_layer_norms`.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        check_one_norm([name for name in names if name in self.smear_norm])
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+
+def check_one_norm(names: list[str]) -> None:
+    """At most one of the active adapters may train layer norms.
+
+    Raises:
+        ValueError: several do.
+    """
+    if len(names) > 1:
+        raise ValueError(
+            f"Adapters {', '.join(names)} each train their own copy of the base's layer norms, so only one of them can be "
+            "active; build the others with train_layer_norms=False."
+        )

@@ -1,0 +1,111 @@
+"""Routes that nobody learns: by tag, by hash, one expert for all, AdaMix's random mix (paper, sections 2.3 and 2.4)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from smear_peft.routing.base import Query, Router, one_hot
+from smear_peft.routing.mixture import Mixture, Use
+
+if TYPE_CHECKING:
+    from smear_peft.config import SmearConfig
+    from smear_peft.sites import Site
+
+
+def check_tag(config: SmearConfig) -> None:
+    """Every task needs an expert.
+
+    Raises:
+        ValueError: there are more tasks than experts, and no `task_to_expert` that shares them.
+    """
+    if config.tasks is not None and config.task_to_expert is None and len(config.tasks) > config.num_experts:
+        raise ValueError(
+            f"tag routing gives each task an expert, but there are {len(config.tasks)} tasks and "
+            f"num_experts={config.num_experts}; share experts with task_to_expert={{task: expert}} or raise num_experts."
+        )
+
+
+class FixedRouter(Router):
+    """A router without parameters that does not look at the input."""
+
+    reads: ClassVar[str] = "nothing"
+
+    def choice(self, chosen: Tensor) -> Mixture:
+        """Run expert chosen (B,) of each example, with one-hot weights."""
+        return Mixture(one_hot(chosen, self.num_experts, torch.float32), Use.CHOOSE, chosen)
+
+
+class TagRouter(FixedRouter):
+    """Tag: the expert of the example's task (section 2.3); tasks may share experts, per stack (`task_to_expert`)."""
+
+    def __init__(self, site: Site, config: SmearConfig) -> None:
+        super().__init__(site, config)
+        experts = config.experts_of_tasks(site.stack) if config.tasks else list(range(config.num_experts))
+        self.experts = tuple(experts)
+
+    def forward(self, query: Query) -> Mixture:
+        """Chosen (B,) by `routing_tags`."""
+        assert query.tags is not None
+        return self.choice(torch.tensor(self.experts, device=query.tags.device)[query.tags])
+
+
+class HashRouter(FixedRouter):
+    """Hash: a fixed pseudo-random expert of each example at each site (section 2.3), the same next year.
+
+    expert = mix(example_id + seed(site name)) mod N, where mix is the finaliser of SplitMix64 (Steele, Lea and Flood,
+    "Fast splittable pseudorandom number generators", 2014) and the seed is BLAKE2b of the site's name.
+    """
+
+    def __init__(self, site: Site, config: SmearConfig) -> None:
+        super().__init__(site, config)
+        digest = hashlib.blake2b(site.name.encode(), digest_size=8).digest()
+        self.seed = int.from_bytes(digest, "little", signed=True)
+
+    def forward(self, query: Query) -> Mixture:
+        """Chosen (B,) by `example_ids`."""
+        assert query.example_ids is not None
+        return self.choice(torch.remainder(mix64(query.example_ids + self.seed), self.num_experts))
+
+
+def mix64(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 of any shape, wrapping around; shifts are logical."""
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+class AdamixRouter(FixedRouter):
+    """AdaMix: in training a random down-projection meets a random up-projection, at inference all are averaged.
+
+    The two draws are independent, one each per example and site (section 2.4; reference.md 4).
+    """
+
+    def forward(self, query: Query) -> Mixture:
+        """Chosen down (B,) and up (B,) in training; one uniform row (1, N) at inference."""
+        device = query.device
+        if not self.training:
+            return Mixture(torch.full((1, self.num_experts), 1 / self.num_experts, device=device))
+        down = torch.randint(self.num_experts, (query.rows,), device=device)
+        up = torch.randint(self.num_experts, (query.rows,), device=device)
+        halves = (one_hot(down, self.num_experts, torch.float32) + one_hot(up, self.num_experts, torch.float32)) / 2
+        return Mixture(halves, Use.CHOOSE, down, chosen_up=up)
+
+
+class SingleRouter(FixedRouter):
+    """Single: one expert for all, a plain adapter (section 2.3); "1x compute", or "1x parameters" when N times wider."""
+
+    def forward(self, query: Query) -> Mixture:
+        """One row of weight 1 (1, 1)."""
+        return Mixture(torch.ones(1, 1, device=query.device))

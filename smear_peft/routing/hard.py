@@ -1,0 +1,130 @@
+"""Hard choices with estimated gradients: top-k, straight-through Gumbel, REINFORCE (paper, section 2.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from smear_peft.routing.base import Query, draw
+from smear_peft.routing.mixture import Mixture, Policy, Use
+from smear_peft.routing.softmax import SoftmaxRouter
+
+if TYPE_CHECKING:
+    from smear_peft.config import SmearConfig
+    from smear_peft.sites import Site
+
+
+def check_top_k(config: SmearConfig) -> None:
+    """k must be between 1 and N.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 1 <= config.top_k <= config.num_experts:
+        raise ValueError(f"top_k={config.top_k} is not between 1 and num_experts={config.num_experts}.")
+
+
+class TopKRouter(SoftmaxRouter):
+    """Top-k: run the k likeliest experts, each times its probability, in training and at inference."""
+
+    def __init__(self, site: Site, config: SmearConfig) -> None:
+        super().__init__(site, config)
+        self.k = config.top_k
+
+    def forward(self, query: Query) -> Mixture:
+        """Chosen (B,) or (B, k), gated by their probabilities."""
+        assert query.pooled is not None
+        probs, _, _ = self.distribution(query.pooled)
+        if self.k == 1:
+            chosen = probs.argmax(-1)
+            return Mixture(probs, Use.CHOOSE, chosen, gate=_at(probs, chosen))
+        gate, chosen = probs.topk(self.k, dim=-1)
+        return Mixture(probs, Use.CHOOSE, chosen, gate=gate)
+
+
+class STGumbelRouter(SoftmaxRouter):
+    """ST-Gumbel: the argmax of softmax((logits + g) / tau); the factor 1 - sg(y) + y carries the gradient (eq. 2).
+
+    Attributes:
+        temperature: tau; `smear_peft.set_temperature` and the annealing callback set it.
+    """
+
+    def __init__(self, site: Site, config: SmearConfig) -> None:
+        super().__init__(site, config)
+        self.temperature = float(config.temperature)
+
+    def forward(self, query: Query) -> Mixture:
+        """Chosen (B,); in training with the straight-through factor, at inference the argmax of p alone."""
+        assert query.pooled is not None
+        probs, logits, _ = self.distribution(query.pooled)
+        if not self.training:
+            return Mixture(probs, Use.CHOOSE, probs.argmax(-1))
+        uniform = draw(*logits.shape, like=logits)
+        gumbel = -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
+        relaxed = ((logits + gumbel) / self.temperature).softmax(-1)
+        chosen = relaxed.argmax(-1)
+        y = _at(relaxed, chosen)
+        return Mixture(probs, Use.CHOOSE, chosen, gate=1 - y.detach() + y)
+
+
+class Baseline(nn.Module):
+    """REINFORCE's baseline: D -> D // 8 -> 1, linear, on the detached router input (reference.md 4).
+
+    The weights are kept as (in, out), in the fixtures' layout.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down = Affine(width, max(1, width // 8))
+        self.up = Affine(max(1, width // 8), 1)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """(B, D) -> (B,)."""
+        return self.up(self.down(v)).squeeze(-1)
+
+
+class Affine(nn.Module):
+    """x W + b with W (in, out)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def reset_parameters(self, std: float) -> None:
+        """W ~ N(0, std^2), b = 0."""
+        nn.init.normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in) -> (B, out)."""
+        return torch.addmm(self.bias.to(x.dtype), x, self.weight.to(x.dtype))
+
+
+class ReinforceRouter(SoftmaxRouter):
+    """REINFORCE: run a sampled expert, train the router by policy gradient against a learned baseline (eq. 1)."""
+
+    def __init__(self, site: Site, config: SmearConfig) -> None:
+        super().__init__(site, config)
+        self.baseline = Baseline(site.width)
+
+    def reset_parameters(self, config: SmearConfig) -> None:
+        """Draw the gate's and the baseline's initial weights (std 0.01)."""
+        super().reset_parameters(config)
+        self.baseline.down.reset_parameters(0.01)
+        self.baseline.up.reset_parameters(0.01)
+
+    def forward(self, query: Query) -> Mixture:
+        """Chosen (B,): sampled in training, the argmax at inference."""
+        assert query.pooled is not None
+        probs, _, v = self.distribution(query.pooled)
+        if not self.training:
+            return Mixture(probs, Use.CHOOSE, probs.argmax(-1))
+        chosen = torch.multinomial(probs.detach().float(), 1).squeeze(-1)
+        return Mixture(probs, Use.CHOOSE, chosen, policy=Policy(probs, chosen, self.baseline(v.detach())))
+
+
+def _at(weights: Tensor, chosen: Tensor) -> Tensor:
+    return weights.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,61 @@
+"""Soft MoE: experts see mixtures of positions (Puigcerver et al., 2023; reference.md 4; not in our copy of the paper)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from smear_peft.routing.base import Query, Router
+from smear_peft.routing.mixture import Mixture, Slots, Use
+
+if TYPE_CHECKING:
+    from smear_peft.config import SmearConfig
+    from smear_peft.sites import Site
+
+
+class SlotParameters(nn.Module):
+    """phi (D, N, P) and scale (N, P)."""
+
+    def __init__(self, width: int, num_experts: int, slots: int) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(torch.empty(width, num_experts, slots))
+        self.scale = nn.Parameter(torch.empty(num_experts, slots))
+
+
+class SoftMoERouter(Router):
+    """logits = x^ . phi^ scale with x^, phi^ of unit length; dispatch = softmax over L, combine = softmax over N * P.
+
+    Padded positions get no dispatch weight. A decoder's later tokens would leak into earlier ones, so decoder sites are
+    refused.
+    """
+
+    reads: ClassVar[str] = "tokens"
+
+    def __init__(self, site: Site, config: SmearConfig) -> None:
+        super().__init__(site, config)
+        self.slots = config.slots_per_expert
+        self.softmoe = SlotParameters(site.width, config.num_experts, config.slots_per_expert)
+
+    def reset_parameters(self, config: SmearConfig) -> None:
+        """phi ~ N(0, router_init_std^2), scale = 1."""
+        nn.init.normal_(self.softmoe.phi, std=config.router_init_std)
+        nn.init.ones_(self.softmoe.scale)
+
+    def forward(self, query: Query) -> Mixture:
+        """Slots; weights (B, N): the mean combine weight over unpadded positions, summed over an expert's slots."""
+        assert query.tokens is not None
+        dtype = torch.float64 if query.tokens.dtype == torch.float64 else torch.float32
+        x, phi = query.tokens.to(dtype), self.softmoe.phi.to(dtype)
+        x = x / (x.norm(dim=-1, keepdim=True) + 1e-6)
+        phi = phi / (phi.norm(dim=0, keepdim=True) + 1e-6) * self.softmoe.scale.to(dtype)
+        logits = x @ phi.flatten(1)  # (B, L, N * P)
+        combine = logits.softmax(-1)
+        per_expert = combine.unflatten(-1, (self.num_experts, self.slots)).sum(-1)  # (B, L, N)
+        if query.mask is None:
+            return Mixture(per_expert.mean(1), Use.SLOTS, slots=Slots(logits.softmax(1), combine))
+        kept = (query.mask != 0).unsqueeze(-1)
+        dispatch = logits.masked_fill(~kept, torch.finfo(dtype).min).softmax(1) * kept
+        weights = (per_expert * kept).sum(1) / kept.sum(1).clamp(min=1)
+        return Mixture(weights, Use.SLOTS, slots=Slots(dispatch, combine))

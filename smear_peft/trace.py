@@ -1,0 +1,139 @@
+"""`trace` sees what the routers did, `override_routes` replaces it. Both are values of a `with` block, not modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from smear_peft.context import current, entered
+
+if TYPE_CHECKING:
+    from smear_peft.block import SmearBlock
+    from smear_peft.config import SmearConfig
+    from smear_peft.layer import SmearLayer
+    from smear_peft.routing.mixture import Mixture, Policy
+
+
+class Trace:
+    """What the routed blocks of a model did in the last forward, by site name, sites in forward order.
+
+    Attributes:
+        weights: (B, N), the distribution as used: after expert dropout and after `override_routes`.
+        inputs: (B, D), what the routers saw; only for methods that look at the input.
+        chosen: (B,), or (B, k) for top_k with k > 1; only for methods that choose experts.
+        policies: what REINFORCE's loss needs; only for reinforce.
+        config: the traced adapter's configuration (that of its blocks), None before the first forward.
+    """
+
+    def __init__(self, root: nn.Module, adapter: str | None) -> None:
+        self.root = root
+        self.adapter = adapter
+        self.config: SmearConfig | None = None
+        self._layers = {id(layer) for _, layer in routed_layers(root)}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the forward before: called when a new one starts."""
+        self.weights: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.chosen: dict[str, Tensor] = {}
+        self.policies: dict[str, Policy] = {}
+        self._terms: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Unweighted auxiliary terms that need the forward alone, summed over sites: "selector", "balance"."""
+        sums: dict[str, Tensor] = {}
+        for terms in self._terms.values():
+            for name, value in terms.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def add(self, layer: SmearLayer, adapter: str, block: SmearBlock, mixture: Mixture, seen: Tensor | None) -> None:
+        """Keep what one block did, if it is one of the traced ones."""
+        if id(layer) not in self._layers or (self.adapter is not None and adapter != self.adapter):
+            return
+        site = block.site.name
+        self.config = block.config
+        self.weights[site] = mixture.weights
+        for table, value in ((self.inputs, seen), (self.chosen, mixture.chosen), (self.policies, mixture.policy)):
+            if value is not None:
+                table[site] = value  # type: ignore[index]
+        if mixture.losses:
+            self._terms[site] = mixture.losses
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that carries the hooks: what a PeftModel wraps, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def routed_layers(model: nn.Module) -> Iterator[tuple[str, SmearLayer]]:
+    """(name, layer) of every SmearLayer in a model."""
+    from smear_peft.layer import SmearLayer  # noqa: PLC0415
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SmearLayer))
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Adapters that run in some routed layer of the model, in the order in which they apply."""
+    names: dict[str, None] = {}
+    for _, layer in routed_layers(model):
+        names.update(dict.fromkeys(layer.running()))
+    return list(names)
+
+
+@contextmanager
+def trace(model: nn.Module, adapter: str | None = None) -> Iterator[Trace]:
+    """Record what the routers of `model` do inside the `with` block.
+
+    ```python
+    with smear_peft.trace(model) as routes:
+        model(**batch)
+    routes.weights["encoder.block.0.layer.0.SelfAttention.o"]  # (B, N)
+    ```
+
+    The trace holds the last forward; recomputation under gradient checkpointing adds nothing; a whole `generate` counts
+    as one forward with B rows before beam expansion.
+
+    Args:
+        model: a model with SMEAR adapters, wrapped by PEFT or not.
+        adapter: which adapter to record; needed when several are active.
+
+    Raises:
+        ValueError: the model has no routed layer, or several active adapters and none was named.
+    """
+    root = base_model(model)
+    if not any(True for _ in routed_layers(root)):
+        raise ValueError("This model has no SMEAR adapter to trace; give it one with peft.get_peft_model.")
+    active = active_adapters(root)
+    if adapter is None and len(active) > 1:
+        raise ValueError(f"Several adapters are active: {', '.join(active)}. Say which one: trace(model, adapter='...').")
+    routes = Trace(root, adapter)
+    outer = current()
+    with entered(outer._replace(owner=routes, outer=outer, traces=(*outer.traces, routes))):
+        yield routes
+
+
+@contextmanager
+def override_routes(model: nn.Module, fn: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Replace every site's weights by `fn(site name, weights (B, N)) -> (B, N)` inside the `with` block.
+
+    For controls: the uniform merge (`lambda site, w: torch.full_like(w, 1 / w.shape[1])`), dropping an expert, forcing a
+    task's route. Methods that merge or mix use the new weights in their place; methods that choose an expert merge by
+    the new weights (a one-hot row is a choice) and drop their gate.
+
+    Args:
+        model: a model with SMEAR adapters, wrapped by PEFT or not.
+        fn: given the site's name and its weights, returns weights of the same shape.
+
+    Raises:
+        ValueError: `fn` returned another shape, or the method has no such weights (soft_moe); raised by the forward.
+    """
+    layers = frozenset(id(layer) for _, layer in routed_layers(base_model(model)))
+    outer = current()
+    with entered(outer._replace(owner=fn, outer=outer, overrides=(*outer.overrides, (layers, fn)))):
+        yield
