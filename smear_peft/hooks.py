@@ -245,8 +245,6 @@ def route_checkpoints(module: nn.Module) -> None:
     Their `_gradient_checkpointing_func` is set whenever the user enables checkpointing, so this looks at each training
     forward; it is a no-op where it was done before.
     """
-    if not getattr(module, "is_gradient_checkpointing", False):
-        return
     for child in module.modules():
         function = child.__dict__.get("_gradient_checkpointing_func")
         if function is not None and not isinstance(function, RoutedCheckpoint):

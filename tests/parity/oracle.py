@@ -38,12 +38,13 @@ class Fixture:
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
     def check(self, key: str, value: torch.Tensor, tolerance: float | None = None) -> None:
-        """Assert that a value is the fixture's."""
+        """Assert that a value is the fixture's; a `tolerance` of one's own is relative to the largest entry."""
         expected = self[key]
         kind = GRADIENT if key.startswith("grad") else OUTPUT
+        scale = max(float(expected.abs().max()), 1e-6) if expected.is_floating_point() else 0.0
         rtol = atol = kind[self.dtype] if tolerance is None else tolerance
-        if self.dtype == torch.float64 and tolerance is None:
-            atol = rtol * max(float(expected.abs().max()), 1e-6)
+        if tolerance is not None or self.dtype == torch.float64:
+            atol = rtol * scale
         if key in self.zero:
             rtol, atol = 0.0, ZERO[self.dtype] if tolerance is None else tolerance
         torch.testing.assert_close(
