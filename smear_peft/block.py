@@ -1,7 +1,7 @@
 """`SmearBlock`: what one adapter does at one site. Pool, route, run the experts, normalise, add.
 
-    text          out = y + LayerNorm(u)          u = experts(y)
-    feature maps  out = x + u                     u = experts(BatchNorm(x))
+text          out = y + LayerNorm(u)          u = experts(y)
+feature maps  out = x + u                     u = experts(BatchNorm(x))
 """
 
 from __future__ import annotations

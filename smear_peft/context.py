@@ -164,7 +164,9 @@ def as_ids(name: str, value: Any, rows: int | None, device: torch.device) -> Ten
         ValueError: there are more or fewer than B of them.
     """
     if not isinstance(value, Tensor):
-        if not isinstance(value, list | tuple) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(v, int) and not isinstance(v, bool) for v in value
+        ):
             raise TypeError(f"{name} must be a tensor or list of integers, one per example; found {value!r}.")
         value = torch.tensor(value, dtype=torch.long)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:

@@ -105,9 +105,7 @@ class BottleneckExperts(nn.Module):
     def gathered(self, down_index: Tensor, up_index: Tensor) -> Expert:
         """Expert down_index (R,) for the way down, up_index (R,) for the way up."""
         down, bias, up = self._stacked()
-        return Expert(
-            down.index_select(0, down_index), bias.index_select(0, down_index), up.index_select(0, up_index)
-        )
+        return Expert(down.index_select(0, down_index), bias.index_select(0, down_index), up.index_select(0, up_index))
 
     def run(self, tokens: Tensor, expert: Expert) -> Tensor:
         """Tokens (R, L, D) through one expert per row, or through a single one: (R, L, D)."""
@@ -197,7 +195,7 @@ def _is_channels_first(x: Tensor) -> bool:
 
 
 def _like(x: Tensor, layout: Tensor) -> Tensor:
-    """x (B, L, K) in the memory layout of another (B, L, D) tensor."""
+    """X (B, L, K) in the memory layout of another (B, L, D) tensor."""
     return x.mT.contiguous().mT if _is_channels_first(layout) else x
 
 

@@ -83,4 +83,5 @@ class RoutedGenerate:
                 trace.begin()
         outer = current()
         with entered(context._replace(owner=self, outer=outer, generation=Generation(rows))):
-            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[operator]
+            generate = type(self.model).generate  # type: ignore[attr-defined]
+            return generate(self.model, *args, **kwargs)

@@ -84,7 +84,9 @@ class RootHook:
         given = {name: kwargs[name] for name in ROUTED_ARGUMENTS if name in kwargs}
         if given:
             kwargs = {name: value for name, value in kwargs.items() if name not in given}
-        inside = outer.generation is not None and isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module
+        inside = (
+            outer.generation is not None and isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module
+        )
         if inside and not given:
             context = outer
         else:
@@ -139,7 +141,7 @@ class RootHook:
         for layer in self.layers:
             for name in layer.running():
                 if name not in found:
-                    found[name] = layer.smear_block[name].config  # type: ignore[assignment]
+                    found[name] = layer.block(name).config
         return list(found.values())
 
     def _warn_of_lost_terms(self, context: RoutingContext) -> None:
@@ -312,7 +314,7 @@ def refuse_lost_terms(forward: Callable[..., Any]) -> None:
         return
     for layer in owner.modules():
         for name in layer.running() if isinstance(layer, SmearLayer) else ():
-            block = layer.smear_block[name]
+            block = layer.block(name)
             if block.method.block_losses or block.config.balance_weight > 0:
                 raise ValueError(
                     f"routing={block.method.name!r} has auxiliary terms that re-entrant gradient checkpointing cannot "
@@ -336,7 +338,7 @@ def install(root: nn.Module, layers: dict[str, SmearLayer], configs: list[SmearC
     """
     uninstall(root)
     stacks = Stacks(root)
-    pairs = list(stacks.named())
+    pairs = stacks.named
     hook = RootHook(root, list(layers.values()), is_stack=not pairs)
     root.register_forward_pre_hook(hook, with_kwargs=True)
     root.register_forward_hook(LeaveHook(), always_call=True)
@@ -355,7 +357,9 @@ def uninstall(root: nn.Module) -> None:
             for key in [k for k, hook in table.items() if _is_ours(hook)]:
                 del table[key]
         for extra in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-            for key in [k for k in getattr(module, extra) if k not in module._forward_pre_hooks | module._forward_hooks]:
+            for key in [
+                k for k in getattr(module, extra) if k not in module._forward_pre_hooks | module._forward_hooks
+            ]:
                 del getattr(module, extra)[key]
         function = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(function, RoutedCheckpoint):

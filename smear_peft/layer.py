@@ -93,7 +93,7 @@ class SmearLayer(SmearModule):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         context = current()
-        before = [name for name in names if self.smear_block[name].site.placement == "input"]
+        before = [name for name in names if self.block(name).site.placement == "input"]
         for name in before:
             x = self._route(name, x, context)
         out = self.base_layer(x, *args, **kwargs)
@@ -107,11 +107,11 @@ class SmearLayer(SmearModule):
         return out
 
     def _route(self, name: str, features: Tensor, context: RoutingContext) -> Tensor:
-        block = self.smear_block[name]
+        block = self.block(name)
         features, mixture, seen = block(features, context, self._override(context))
         if mixture is not None:
             for trace in context.traces:
-                trace.add(self, name, block, mixture, seen)  # type: ignore[arg-type]
+                trace.add(self, name, block, mixture, seen)
         return features
 
     def _override(self, context: RoutingContext) -> Callable[[str, Tensor], Tensor] | None:
@@ -133,7 +133,7 @@ class SmearLayer(SmearModule):
         Raises:
             KeyError: this site has no such adapter.
         """
-        return self._block(adapter).state()
+        return self.block(adapter).state()
 
     @torch.no_grad()
     def load_block_state(self, adapter: str, tensors: dict[str, Tensor]) -> None:
@@ -148,7 +148,7 @@ class SmearLayer(SmearModule):
             KeyError: this site has no such adapter; or a name is missing, or unknown to every method.
             ValueError: a tensor has another shape.
         """
-        state = self._block(adapter).state()
+        state = self.block(adapter).state()
         missing = [name for name in state if name not in tensors and not name.endswith("num_batches_tracked")]
         unknown = [name for name in tensors if name not in state and not _is_known(name)]
         if missing or unknown:
@@ -165,7 +165,12 @@ class SmearLayer(SmearModule):
             if name in tensors:
                 target.copy_(tensors[name])
 
-    def _block(self, adapter: str) -> SmearBlock:
+    def block(self, adapter: str) -> SmearBlock:
+        """The block of an adapter at this site.
+
+        Raises:
+            KeyError: this site has no such adapter.
+        """
         if adapter not in self.smear_block:
             raise KeyError(f"No adapter {adapter!r} at this site; it has {list(self.smear_block)}.")
         return self.smear_block[adapter]  # type: ignore[return-value]

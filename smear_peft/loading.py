@@ -1,2 +1,5 @@
 """`load`: an adapter onto a base model, all or nothing."""
-def load(*a, **k): raise ValueError
+
+
+def load(*a, **k):
+    raise ValueError

@@ -20,7 +20,7 @@ LossFunction = Callable[[Any, dict[str, Any]], Tensor]
 
 
 def label_smoothed_nll(logits: Tensor, labels: Tensor, epsilon: float = 0.0, reduction: str = "mean") -> Tensor:
-    """fairseq's label-smoothed negative log-likelihood: (1 - e) nll + e / V sum_v -log p_v (reference.md 5).
+    """Fairseq's label-smoothed negative log-likelihood: (1 - e) nll + e / V sum_v -log p_v (reference.md 5).
 
     Args:
         logits: (B, T, V).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -49,7 +49,7 @@ class SmearModel(BaseTuner):
         """
         modules = base_modules(model)
         stacks = Stacks(model)
-        config = resolve(modules, self.peft_config[adapter_name], stacks)
+        config = resolve(modules, cast(SmearConfig, self.peft_config[adapter_name]), stacks)
         names = site_names(modules, config)
         self._sites = {name: describe(name, modules, config, stacks) for name in names}
         self._norms = set(layer_norm_names(modules)) if config.train_layer_norms else set()
@@ -161,11 +161,13 @@ class SmearModel(BaseTuner):
             "set_adapter([...]), or take them off with unload()."
         )
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        if merge:
-            self._check_merge_allowed()
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
-        uninstall(self.model)
+    def unload(self) -> nn.Module:
+        """The base model as it was: sites, layer norms and hooks of SMEAR removed.
+
+        Modules of `modules_to_save` stay trained, as with every PEFT method.
+        """
+        model = super().unload()
+        uninstall(model)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:

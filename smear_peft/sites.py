@@ -89,22 +89,19 @@ class Stacks:
 
     A model has two stacks when it says so (`config.is_encoder_decoder`), or when it has children `encoder` and
     `decoder` of which the decoder's forward takes `encoder_hidden_states`.
+
+    Attributes:
+        named: the two stacks with their kinds; empty for a model with a single stack.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        pair = _declared_pair(root) or _named_pair(root)
-        self.encoder, self.decoder = pair or (None, None)
+        pair = _declared_pair(root) or _named_pair(root) or ()
+        self.named: list[tuple[nn.Module, str]] = list(zip(pair, ("encoder", "decoder"), strict=False))
         names = {id(module): name for name, module in root.named_modules()}
-        self._prefixes = [(names[id(m)] + ".", kind) for m, kind in self.named() if id(m) in names]
-
-    def named(self) -> Iterator[tuple[nn.Module, str]]:
-        """The two stacks with their kinds, nothing for a model with a single stack."""
-        if self.encoder is not None and self.decoder is not None:
-            yield self.encoder, "encoder"
-            yield self.decoder, "decoder"
+        self._prefixes = [(names[id(m)] + ".", kind) for m, kind in self.named if id(m) in names]
 
     def kind_of(self, name: str) -> str | None:
-        """"encoder" or "decoder" for the module called `name`; None where the model has a single stack."""
+        """ "encoder" or "decoder" for the module called `name`; None where the model has a single stack."""
         if not self._prefixes:
             return None
         for prefix, kind in self._prefixes:
@@ -119,8 +116,8 @@ class Stacks:
 def _declared_pair(root: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     if not getattr(getattr(root, "config", None), "is_encoder_decoder", False) or not hasattr(root, "get_encoder"):
         return None
-    decoder = root.get_decoder() if hasattr(root, "get_decoder") else getattr(root, "decoder", None)
-    encoder = root.get_encoder()
+    decoder = root.get_decoder() if callable(getattr(root, "get_decoder", None)) else getattr(root, "decoder", None)
+    encoder = root.get_encoder()  # type: ignore[operator]
     return (encoder, decoder) if encoder not in (None, root) and decoder not in (None, root, encoder) else None
 
 
@@ -149,12 +146,18 @@ def list_sites(model: nn.Module, config: SmearConfig | None = None) -> list[Site
     Raises:
         ValueError: nothing matches (the message lists what was found), or a site's width cannot be told.
     """
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    root = base_model(model)
     config = config or SmearConfig()
     modules = base_modules(root)
     stacks = Stacks(root)
     config = resolve(modules, config, stacks)
     return [describe(name, modules, config, stacks) for name in site_names(modules, config)]
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that carries the hooks: what a PeftModel wraps, or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
 
 
 def base_modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -267,7 +270,9 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
     if norm == "auto":
         norm = "pre_batch_norm" if feature_map else "post_layer_norm"
     if norm == "pre_batch_norm" and not feature_map:
-        raise ValueError(f"norm='pre_batch_norm' needs feature maps (B, D, H, W), but {name} is a {type(module).__name__}.")
+        raise ValueError(
+            f"norm='pre_batch_norm' needs feature maps (B, D, H, W), but {name} is a {type(module).__name__}."
+        )
     placement = config.placement
     if placement == "auto":
         placement = "input" if _is_activation(module) else "output"

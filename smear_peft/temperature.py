@@ -12,9 +12,7 @@ from smear_peft.routing.hard import STGumbelRouter
 from smear_peft.routing.skills import Skill
 
 
-def temperature_at(
-    step: int, start: float = 10.0, least: float = 0.5, rate: float = 1e-6, every: int = 5000
-) -> float:
+def temperature_at(step: int, start: float = 10.0, least: float = 0.5, rate: float = 1e-6, every: int = 5000) -> float:
     """The temperature after `step` steps, a function of the step alone, so that a resumed run needs nothing stored.
 
     The authors anneal in place: at each step s with (s + 1) % every == 0, tau <- max(tau exp(-rate s), least)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from smear_peft.context import current, entered
+from smear_peft.sites import base_model
 
 if TYPE_CHECKING:
     from smear_peft.block import SmearBlock
@@ -59,16 +60,14 @@ class Trace:
         site = block.site.name
         self.config = block.config
         self.weights[site] = mixture.weights
-        for table, value in ((self.inputs, seen), (self.chosen, mixture.chosen), (self.policies, mixture.policy)):
-            if value is not None:
-                table[site] = value  # type: ignore[index]
+        if seen is not None:
+            self.inputs[site] = seen
+        if mixture.chosen is not None:
+            self.chosen[site] = mixture.chosen
+        if mixture.policy is not None:
+            self.policies[site] = mixture.policy
         if mixture.losses:
             self._terms[site] = mixture.losses
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model that carries the hooks: what a PeftModel wraps, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[str, SmearLayer]]:
@@ -111,7 +110,9 @@ def trace(model: nn.Module, adapter: str | None = None) -> Iterator[Trace]:
         raise ValueError("This model has no SMEAR adapter to trace; give it one with peft.get_peft_model.")
     active = active_adapters(root)
     if adapter is None and len(active) > 1:
-        raise ValueError(f"Several adapters are active: {', '.join(active)}. Say which one: trace(model, adapter='...').")
+        raise ValueError(
+            f"Several adapters are active: {', '.join(active)}. Say which one: trace(model, adapter='...')."
+        )
     routes = Trace(root, adapter)
     outer = current()
     with entered(outer._replace(owner=routes, outer=outer, traces=(*outer.traces, routes))):
@@ -122,9 +123,9 @@ def trace(model: nn.Module, adapter: str | None = None) -> Iterator[Trace]:
 def override_routes(model: nn.Module, fn: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Replace every site's weights by `fn(site name, weights (B, N)) -> (B, N)` inside the `with` block.
 
-    For controls: the uniform merge (`lambda site, w: torch.full_like(w, 1 / w.shape[1])`), dropping an expert, forcing a
-    task's route. Methods that merge or mix use the new weights in their place; methods that choose an expert merge by
-    the new weights (a one-hot row is a choice) and drop their gate.
+    For controls: the uniform merge (`lambda site, w: torch.full_like(w, 1 / w.shape[1])`), dropping an expert, forcing
+    a task's route. Methods that merge or mix use the new weights in their place; methods that choose an expert merge
+    by the new weights (a one-hot row is a choice) and drop their gate.
 
     Args:
         model: a model with SMEAR adapters, wrapped by PEFT or not.

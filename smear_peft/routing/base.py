@@ -106,6 +106,7 @@ def one_hot(index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.one_hot(index, num_experts).to(dtype)
 
 
-def draw(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Uniform draws (rows, columns): made in float32 on `like`'s device, then cast to its dtype."""
+def draw(like: Tensor) -> Tensor:
+    """Uniform draws in the shape of a (rows, N) tensor: made in float32 on its device, then cast to its dtype."""
+    rows, columns = like.shape
     return torch.rand(rows, columns, device=like.device).to(like.dtype)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_top_k(config: SmearConfig) -> None:
-    """k must be between 1 and N.
+    """K must be between 1 and N.
 
     Raises:
         ValueError: it is not.
@@ -61,7 +61,7 @@ class STGumbelRouter(SoftmaxRouter):
         probs, logits, _ = self.distribution(query.pooled)
         if not self.training:
             return Mixture(probs, Use.CHOOSE, probs.argmax(-1))
-        uniform = draw(*logits.shape, like=logits)
+        uniform = draw(logits)
         gumbel = -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
         relaxed = ((logits + gumbel) / self.temperature).softmax(-1)
         chosen = relaxed.argmax(-1)

@@ -56,7 +56,7 @@ class SkillRouter(Router):
         weight = self.skill.weight
         logits = weight if weight.dtype == torch.float64 else weight.float()
         if self.training:
-            uniform = draw(*logits.shape, like=logits)
+            uniform = draw(logits)
             logits = logits + torch.log(uniform) - torch.log(1 - uniform)
         skills = logits.sigmoid()[query.tags]
         return Mixture(skills / (skills.sum(-1, keepdim=True) + 1e-12))

@@ -39,7 +39,7 @@ class SoftMoERouter(Router):
         self.softmoe = SlotParameters(site.width, config.num_experts, config.slots_per_expert)
 
     def reset_parameters(self, config: SmearConfig) -> None:
-        """phi ~ N(0, router_init_std^2), scale = 1."""
+        """Phi ~ N(0, router_init_std^2), scale = 1."""
         nn.init.normal_(self.softmoe.phi, std=config.router_init_std)
         nn.init.ones_(self.softmoe.scale)
 

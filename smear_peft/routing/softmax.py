@@ -87,7 +87,7 @@ class SoftmaxRouter(Router):
         logits, v = self.router(pooled)
         probs = logits.softmax(-1)
         if self.training and self.expert_dropout > 0:
-            kept = (draw(*probs.shape, like=probs) >= self.expert_dropout).to(probs.dtype)
+            kept = (draw(probs) >= self.expert_dropout).to(probs.dtype)
             masked = probs * kept + 1e-10
             probs = masked / masked.sum(-1, keepdim=True)
             logits = logits - 1e10 * (1 - kept)

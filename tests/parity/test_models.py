@@ -11,7 +11,12 @@ from smear_peft import SmearConfig, trace
 
 from .oracle import Fixture
 
-T5_ROUTING = {"t5_tiny_smear": "smear", "t5_tiny_smear_padded": "smear", "t5_tiny_top1": "top_k", "t5_tiny_ensemble": "ensemble"}
+T5_ROUTING = {
+    "t5_tiny_smear": "smear",
+    "t5_tiny_smear_padded": "smear",
+    "t5_tiny_top1": "top_k",
+    "t5_tiny_ensemble": "ensemble",
+}
 DTYPES = [torch.float64, torch.float32]
 SUBLAYER = {"self": "SelfAttention.o", "cross": "EncDecAttention.o", "ff": "DenseReluDense.wo"}
 
@@ -48,7 +53,9 @@ def test_t5(name, dtype):
     base = T5ForConditionalGeneration(T5Config(**{k: c[k] for k in keys}))
     base.lm_head.weight = torch.nn.Parameter(f["base.lm_head.weight"].clone())  # untied, as in T5 v1.1
     state = f.group("base.")
-    base.load_state_dict(state | {k: state["shared.weight"] for k in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")})
+    base.load_state_dict(
+        state | dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), state["shared.weight"])
+    )
     config = SmearConfig(
         routing=T5_ROUTING[name], num_experts=c["N"], reduction_factor=c["reduction_factor"], pooling="mean"
     )
