@@ -90,23 +90,23 @@ class SmearBlock(nn.Module):
         if generation is not None and (plan := generation.recall(self)) is not None:
             return features + self._as_features(self._update(tokens, *plan), features), None, None
         mask = context.mask if features.ndim == 3 and self.site.router_input == "own output" else None
-        mixture, seen = self._route(tokens, mask, context, override)
+        rows = tokens.shape[0] if generation is None else generation.rows or tokens.shape[0]
+        mixture, seen = self._route(tokens, rows, mask, context, override)
         expert = None
         if generation is not None:
             expert = self.expert.select(mixture, tokens.dtype)
             generation.keep(self, mixture, expert)
-        return features + self._as_features(self._update(tokens, mixture, expert), features), mixture, seen
+        out = features + self._as_features(self._update(tokens, mixture, expert), features)
+        return out, mixture.for_rows(rows) if context.traces else mixture, seen
 
     def _route(
         self,
         tokens: Tensor,
+        rows: int,
         mask: Tensor | None,
         context: RoutingContext,
         override: Callable[[str, Tensor], Tensor] | None,
     ) -> tuple[Mixture, Tensor | None]:
-        rows = tokens.shape[0]
-        if context.generation is not None and self.site.router_input == "encoder state":
-            rows = context.generation.rows or rows
         pooled = None
         if self.routing.reads == "pooled":
             pooled = self._pooled(tokens, mask, context)
@@ -119,6 +119,7 @@ class SmearBlock(nn.Module):
             if self.config.balance_weight > 0 and mixture.weights.shape[1] > 1:
                 mixture = mixture._replace(losses={**mixture.losses, "balance": balance(mixture)})
         if override is not None:
+            mixture = mixture.for_rows(rows)
             mixture = mixture.with_weights(override(self.site.name, mixture.weights), self.site.name)
         return mixture, pooled
 
@@ -126,8 +127,8 @@ class SmearBlock(nn.Module):
         if self.site.router_input == "encoder state":
             if context.source is None:
                 raise ValueError(
-                    f"The router of {self.site.name} looks at the encoder's final state, which only a call of the whole "
-                    "model gives it; call the model (or its decoder with encoder_hidden_states), not this layer."
+                    f"The router of {self.site.name} looks at the encoder's final state, which only a call of the "
+                    "whole model gives it; call the model (or its decoder with encoder_hidden_states), not this layer."
                 )
             return context.source.pooled[self.config.pooling]
         return pool(tokens, mask if self.config.pooling == "masked_mean" else None)
@@ -136,7 +137,8 @@ class SmearBlock(nn.Module):
         """What is added to the tokens (B, L, D), rows of beams joined to the row of their source while it runs."""
         rows = mixture.weights.shape[0]
         batch, length, width = tokens.shape
-        if rows not in (1, batch):
+        joined = rows != batch and (rows > 1 or mixture.use is Use.CHOOSE)
+        if joined:
             tokens = tokens.reshape(rows, -1, width)
         gate = mixture.gate
         after = self.config.gate == "after_norm" and gate is not None
@@ -152,7 +154,7 @@ class SmearBlock(nn.Module):
             update = F.layer_norm(update, self.norm.normalized_shape, weight, bias, EPS)
         if gate is not None and after:
             update = update * gate.to(update.dtype)[:, None, None]
-        return update if rows in (1, batch) else update.reshape(batch, length, width)
+        return update.reshape(batch, length, width) if joined else update
 
     def _normalised(self, features: Tensor) -> Tensor:
         if not isinstance(self.norm, nn.BatchNorm2d):

@@ -24,6 +24,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "base_batch_norm": ("frozen", "train", "drift"),
 }
 
+NON_NEGATIVE = (
+    "expert_init_std",
+    "router_init_std",
+    "anneal_rate",
+    "policy_weight",
+    "entropy_weight",
+    "value_weight",
+    "consistency_weight",
+    "selector_loss_weight",
+    "balance_weight",
+)
+POSITIVE = ("temperature", "min_temperature")
+
 
 def _setting(help_text: str, default: Any = None, factory: Any = None) -> Any:
     metadata = {"help": help_text}
@@ -126,13 +139,11 @@ class SmearConfig(PeftConfig):
 
     def _check_types(self) -> None:
         whole = ("num_experts", "reduction_factor", "top_k", "slots_per_expert", "format_version")
-        real = ("expert_init_std", "router_init_std", "temperature", "min_temperature", "anneal_rate", "policy_weight",
-                "entropy_weight", "value_weight", "consistency_weight", "selector_loss_weight", "balance_weight")  # fmt: skip
         for name in ("routing", *CHOICES):
             self._expect(name, str, "a string")
         for name in whole:
             self._expect(name, int, "a whole number")
-        for name in real:
+        for name in (*NON_NEGATIVE, *POSITIVE):
             self._expect(name, (int, float), "a number")
         self._expect("bottleneck_dim", int, "a whole number or None", optional=True)
         self._expect("expert_dropout", (int, float), "a number or None", optional=True)
@@ -176,18 +187,17 @@ class SmearConfig(PeftConfig):
         self._at_least("top_k", 1)
         if self.bottleneck_dim is not None:
             self._at_least("bottleneck_dim", 1)
-        for name in ("expert_init_std", "router_init_std", "policy_weight", "entropy_weight", "value_weight",
-                     "consistency_weight", "selector_loss_weight", "balance_weight", "anneal_rate"):  # fmt: skip
+        for name in NON_NEGATIVE:
             self._at_least(name, 0)
         if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
             raise ValueError(f"expert_dropout={self.expert_dropout} is outside [0, 1).")
-        for name in ("temperature", "min_temperature"):
+        for name in POSITIVE:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number.")
         if not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"format_version={self.format_version}: this smear_peft reads versions 1 to {FORMAT_VERSION}; install a "
-                "newer one (pip install -U smear-peft) to load this adapter."
+                f"format_version={self.format_version}: this smear_peft reads versions 1 to {FORMAT_VERSION}; "
+                "install a newer one (pip install -U smear-peft) to load this adapter."
             )
 
     def _at_least(self, name: str, least: float) -> None:

@@ -122,6 +122,12 @@ def pool(x: Tensor, mask: Tensor | None) -> Tensor:
     return total / kept.sum(1, keepdim=True).clamp(min=1)
 
 
+def pooled_source(state: Tensor, mask: Tensor | None, poolings: tuple[str, ...]) -> Source:
+    """The encoder's state (B, S, D), pooled once for all decoder routers."""
+    pooled = {name: pool(state, mask if name == "masked_mean" else None) for name in poolings}
+    return Source(state, mask, pooled)
+
+
 def as_mask(mask: Tensor | None, found_in: str) -> Tensor | None:
     """A (B, L) mask, or an error that says what to pass instead.
 

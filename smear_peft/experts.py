@@ -71,7 +71,7 @@ class BottleneckExperts(nn.Module):
         self.activation = activation
 
     def reset_parameters(self, std: float) -> None:
-        """Weights ~ N(0, std^2), biases 0 (reference.md 1): experts differ from the start, to break the symmetry."""
+        """Weights ~ N(0, std^2), biases 0 (authors' code): experts differ from the start, to break the symmetry."""
         nn.init.normal_(self.down.weight, std=std)
         nn.init.normal_(self.up.weight, std=std)
         assert self.down.bias is not None
@@ -125,7 +125,7 @@ class BottleneckExperts(nn.Module):
         return _shared(hidden * share, up.flatten(0, 1))
 
     def choose(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        """Expert chosen (R,) of each row on (R, L, D), rows grouped by expert so that no parameter is copied per row."""
+        """Expert chosen (R,) of each row on (R, L, D), grouped by expert so that no parameter is copied per row."""
         order = chosen.argsort()
         counts = torch.bincount(chosen, minlength=self.down.weight.shape[0]).tolist()
         pieces = tokens.index_select(0, order).split(counts)

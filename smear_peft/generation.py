@@ -31,7 +31,18 @@ class Generation:
     def __init__(self, rows: int | None) -> None:
         self.rows = rows
         self.source: Source | None = None
+        self._encoder_outputs: Any = None
         self._plans: dict[SmearBlock, tuple[tuple[Any, ...], Mixture, Expert | None]] = {}
+
+    def is_step(self, encoder_outputs: Any) -> bool:
+        """Whether a forward that got these encoder outputs is a step of this call.
+
+        All steps get the same object, and the first forward is a step. Anything else is the user's own forward in
+        between, of a logits processor for instance, which must neither use nor change what is kept here.
+        """
+        if self._encoder_outputs is None:
+            self._encoder_outputs = encoder_outputs
+        return self._encoder_outputs is encoder_outputs
 
     def recall(self, block: SmearBlock) -> tuple[Mixture, Expert | None] | None:
         """What `keep` kept for a block, unless its weights or its mode have changed since."""
@@ -68,7 +79,7 @@ class RoutedGenerate:
         self.hook = hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`type(model).generate` with `routing_tags`, `example_ids` and `routing_mask` allowed beside its own arguments.
+        """The model's own `generate`, with `routing_tags`, `example_ids` and `routing_mask` allowed beside the rest.
 
         Raises:
             ValueError: the method needs an argument that is missing, or one has a wrong shape or range; before any

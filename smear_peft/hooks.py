@@ -9,16 +9,16 @@ All hooks are plain picklable objects, so that copies of a model bring their own
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from smear_peft.batch_norm import hold_statistics
 from smear_peft.block import missing_argument
+from smear_peft.checkpointing import RoutedCheckpoint, route_checkpoints
 from smear_peft.context import (
     ROUTED_ARGUMENTS,
     RoutingContext,
@@ -28,14 +28,13 @@ from smear_peft.context import (
     batch_size,
     current,
     enter,
-    entered,
     leave,
     module_device,
-    pool,
+    pooled_source,
 )
 from smear_peft.generation import RoutedGenerate
 from smear_peft.routing import get_method
-from smear_peft.sites import Stacks
+from smear_peft.stacks import Stacks
 
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
@@ -84,10 +83,9 @@ class RootHook:
         given = {name: kwargs[name] for name in ROUTED_ARGUMENTS if name in kwargs}
         if given:
             kwargs = {name: value for name, value in kwargs.items() if name not in given}
-        inside = (
-            outer.generation is not None and isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module
-        )
-        if inside and not given:
+        generation = outer.generation
+        inside = isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module and generation is not None
+        if inside and not given and generation.is_step(self.call.get("encoder_outputs", args, kwargs)):
             context = outer
         else:
             context = self.context(module, given, batch_size(args, kwargs))
@@ -110,7 +108,7 @@ class RootHook:
 
         Raises:
             ValueError: something that a method needs is missing, or has a wrong shape or range.
-            TypeError: tags or ids are no integers.
+            TypeError: tags or ids are no integers, or the mask is no tensor.
         """
         outer = current()
         device = module_device(module)
@@ -124,7 +122,10 @@ class RootHook:
                 ids[name] = as_ids(name, value, rows, device)
                 if name == "routing_tags":
                     check_range(ids[name], config)
-        mask = as_mask(given.get("routing_mask"), "routing_mask")
+        mask = given.get("routing_mask")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"routing_mask must be a tensor (B, L), not a {type(mask).__name__}.")
+        mask = as_mask(mask, "routing_mask")
         return RoutingContext(
             outer=outer,
             rows=rows,
@@ -153,8 +154,8 @@ class RootHook:
             if terms:
                 self.warned = True
                 warnings.warn(
-                    f"routing={config.routing!r} has auxiliary terms ({', '.join(terms)}) that the model's loss does not "
-                    "hold. Train with smear_peft.SmearTrainer, or with smear_peft.routed_loss(model, batch) in a loop.",
+                    f"routing={config.routing!r} has auxiliary terms ({', '.join(terms)}) that the model's loss does "
+                    "not hold. Train with smear_peft.SmearTrainer, or a loop with smear_peft.routed_loss(model, batch).",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -227,105 +228,12 @@ class StackHook:
         return source
 
 
-def pooled_source(state: Tensor, mask: Tensor | None, poolings: tuple[str, ...]) -> Source:
-    """The encoder's state (B, S, D), pooled once for all decoder routers."""
-    pooled = {name: pool(state, mask if name == "masked_mean" else None) for name in poolings}
-    return Source(state, mask, pooled)
-
-
 class LeaveHook:
     """Forward post-hook: leave the module's context. Registered to run when the forward failed, too."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Leave."""
         leave(module)
-
-
-def route_checkpoints(module: nn.Module) -> None:
-    """Make transformers' checkpointed layers recompute in the context of their forward.
-
-    Their `_gradient_checkpointing_func` is set whenever the user enables checkpointing, so this looks at each training
-    forward; it is a no-op where it was done before.
-    """
-    for child in module.modules():
-        function = child.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, RoutedCheckpoint):
-            child._gradient_checkpointing_func = RoutedCheckpoint(function)  # type: ignore[assignment]
-
-
-class RoutedCheckpoint:
-    """A gradient checkpointing function that carries the routing context into the recomputation.
-
-    The recomputation happens in the backward pass, long after the hooks have left, perhaps in another thread.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint `forward(*args)`.
-
-        Raises:
-            ValueError: checkpointing is re-entrant, and a method's blocks make auxiliary terms.
-        """
-        return self.function(_Recomputed(forward, args), *args, **kwargs)
-
-
-class _Recomputed:
-    """A checkpointed forward: the first call is the forward itself, later ones recompute it."""
-
-    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.forward = forward
-        self.context = current()
-        self.grad = torch.is_grad_enabled()
-        source = self.context.source
-        at = [i for i, arg in enumerate(args) if source is not None and arg is source.state]
-        self.source_at = at[0] if at else None
-        self.first = True
-        self.reentrant = False
-
-    def __call__(self, *args: Any) -> Any:
-        if self.first:
-            self.first = False
-            self.reentrant = self.grad and not torch.is_grad_enabled()
-            if self.reentrant:
-                refuse_lost_terms(self.forward)
-            return self.forward(*args)
-        context = self.context._replace(traces=())
-        if self.reentrant and self.source_at is not None and context.source is not None:
-            # Re-entrant recomputation differentiates with respect to its own arguments: route from that copy.
-            source = context.source
-            context = context._replace(source=pooled_source(args[self.source_at], source.mask, tuple(source.pooled)))
-        with entered(context):
-            return self.forward(*args)
-
-
-def refuse_lost_terms(forward: Callable[..., Any]) -> None:
-    """Refuse re-entrant checkpointing of blocks that make auxiliary terms: these would have no gradient.
-
-    Raises:
-        ValueError: a checkpointed block makes one; the message says how to checkpoint instead.
-    """
-    from smear_peft.layer import SmearLayer  # noqa: PLC0415
-
-    owner = forward.args[0] if isinstance(forward, functools.partial) and forward.args else None
-    owner = owner if owner is not None else getattr(forward, "__self__", None)
-    if not isinstance(owner, nn.Module):
-        return
-    for layer in owner.modules():
-        for name in layer.running() if isinstance(layer, SmearLayer) else ():
-            block = layer.block(name)
-            if block.method.block_losses or block.config.balance_weight > 0:
-                raise ValueError(
-                    f"routing={block.method.name!r} has auxiliary terms that re-entrant gradient checkpointing cannot "
-                    "carry; enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-
-
-def hold_statistics(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of a frozen BatchNorm: use the running statistics, whatever mode the model is in."""
-    if module.training:
-        module.training = False
 
 
 def install(root: nn.Module, layers: dict[str, SmearLayer], configs: list[SmearConfig]) -> None:
@@ -370,18 +278,3 @@ def uninstall(root: nn.Module) -> None:
 
 def _is_ours(hook: Any) -> bool:
     return isinstance(hook, RootHook | StackHook | LeaveHook) or hook is hold_statistics
-
-
-def hold_base_statistics(root: nn.Module, skip: Callable[[str], bool]) -> None:
-    """Keep the running statistics of the base's BatchNorms fixed in training.
-
-    Args:
-        root: the base model, with adapters.
-        skip: names of modules that are trained in full, and so keep their own ways.
-    """
-    from smear_peft.layer import SmearLayer  # noqa: PLC0415
-
-    ours = {id(m) for layer in root.modules() if isinstance(layer, SmearLayer) for m in layer.smear_block.modules()}
-    for name, module in root.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in ours and not skip(name):
-            module.register_forward_pre_hook(hold_statistics)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
     from smear_peft.sites import Site
 
-DEAD_PARAMETER = "router.weight_norm.bias"
-
 
 class SmearModule(nn.Module, BaseTunerLayer):
     """What a routed site and a trained layer norm have in common: a base layer, and a dict by adapter."""
@@ -46,8 +44,8 @@ class SmearModule(nn.Module, BaseTunerLayer):
 
 
 CANNOT_MERGE = (
-    "A SMEAR adapter cannot be merged into the base weights: its experts are non-linear and their mixture depends on the "
-    "input. Keep the adapter, or take it off with unload(), which returns the base model unchanged."
+    "A SMEAR adapter cannot be merged into the base weights: its experts are non-linear and their mixture depends on "
+    "the input. Keep the adapter, or take it off with unload(), which returns the base model unchanged."
 )
 
 
@@ -150,7 +148,7 @@ class SmearLayer(SmearModule):
         """
         state = self.block(adapter).state()
         missing = [name for name in state if name not in tensors and not name.endswith("num_batches_tracked")]
-        unknown = [name for name in tensors if name not in state and not _is_known(name)]
+        unknown = [name for name in tensors if name not in state and name not in KNOWN_NAMES]
         if missing or unknown:
             raise KeyError(
                 f"load_block_state: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; this block has "
@@ -176,19 +174,15 @@ class SmearLayer(SmearModule):
         return self.smear_block[adapter]  # type: ignore[return-value]
 
 
+# What some method has; router.weight_norm.bias is in the authors' files, but a softmax cannot see it.
 KNOWN_NAMES = frozenset(
-    {
-        "expert.down.weight", "expert.down.bias", "expert.up.weight",
-        "router.weight", "router.input_norm.weight", "router.input_norm.bias", "router.weight_norm.weight", DEAD_PARAMETER,
-        "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked",
-        "baseline.down.weight", "baseline.down.bias", "baseline.up.weight", "baseline.up.bias",
-        "skill.weight", "dselect.z", "dselect.w", "softmoe.phi", "softmoe.scale",
-    }
-)  # fmt: skip
-
-
-def _is_known(name: str) -> bool:
-    return name in KNOWN_NAMES
+    {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "router.weight_norm.weight"}
+    | {f"expert.{name}" for name in ("down.weight", "down.bias", "up.weight")}
+    | {f"baseline.{name}" for name in ("down.weight", "down.bias", "up.weight", "up.bias")}
+    | {f"router.{name}" for name in ("weight", "input_norm.weight", "input_norm.bias", "weight_norm.bias")}
+    | {"norm.weight", "norm.bias", "skill.weight", "dselect.z", "dselect.w", "softmoe.phi", "softmoe.scale"}
+)
+)
 
 
 class SmearNorm(SmearModule):
@@ -229,6 +223,6 @@ def check_one_norm(names: list[str]) -> None:
     """
     if len(names) > 1:
         raise ValueError(
-            f"Adapters {', '.join(names)} each train their own copy of the base's layer norms, so only one of them can be "
-            "active; build the others with train_layer_norms=False."
+            f"Adapters {', '.join(names)} each train their own copy of the base's layer norms, so only one of them can "
+            "be active; build the others with train_layer_norms=False."
         )

@@ -20,7 +20,7 @@ LossFunction = Callable[[Any, dict[str, Any]], Tensor]
 
 
 def label_smoothed_nll(logits: Tensor, labels: Tensor, epsilon: float = 0.0, reduction: str = "mean") -> Tensor:
-    """Fairseq's label-smoothed negative log-likelihood: (1 - e) nll + e / V sum_v -log p_v (reference.md 5).
+    """Fairseq's label-smoothed negative log-likelihood: (1 - e) nll + e / V sum_v -log p_v (authors' code).
 
     Args:
         logits: (B, T, V).
@@ -46,7 +46,7 @@ def label_smoothed_nll(logits: Tensor, labels: Tensor, epsilon: float = 0.0, red
 
 
 def reinforce(probs: Tensor, chosen: Tensor, baseline: Tensor, example_losses: Tensor) -> dict[str, Tensor]:
-    """REINFORCE's unweighted terms (paper, eq. 1; reference.md 4), averaged over examples and sites.
+    """REINFORCE's unweighted terms (paper, eq. 1; authors' code), averaged over examples and sites.
 
     Args:
         probs: (S, B, N), the routers' distributions at S sites.
@@ -75,7 +75,7 @@ def consistency(logits_1: Tensor, logits_2: Tensor) -> Tensor:
         logits_2: (..., V).
 
     Returns:
-        A scalar, in nats (AdaMix; reference.md 4).
+        A scalar, in nats (AdaMix; authors' code).
     """
     a, b = logits_1.log_softmax(-1), logits_2.log_softmax(-1)
     return 0.5 * ((a.exp() - b.exp()) * (a - b)).sum(-1).mean()

@@ -1,4 +1,4 @@
-"""`SmearModel`: SMEAR as PEFT sees it. It finds the sites, wraps them, and keeps the hooks of the base model in order."""
+"""`SmearModel`: SMEAR as PEFT sees it. It finds the sites, wraps them, and keeps the base model's hooks in order."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from smear_peft.architectures import layer_norm_names
+from smear_peft.batch_norm import hold_base_statistics
 from smear_peft.config import SmearConfig
-from smear_peft.hooks import hold_base_statistics, install, uninstall
+from smear_peft.hooks import install, uninstall
 from smear_peft.layer import CANNOT_MERGE, SmearLayer, SmearModule, SmearNorm, check_one_norm
-from smear_peft.sites import Stacks, base_modules, describe, layer_norm_names, resolve, site_names
+from smear_peft.sites import base_modules, describe, resolve, site_names
+from smear_peft.stacks import Stacks
 from smear_peft.trace import routed_layers
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -197,7 +200,7 @@ class SmearModel(BaseTuner):
         surplus = [name for name in mapped if ".smear_" in name and name not in known]
         if surplus:
             warnings.warn(
-                f"The adapter file holds {len(surplus)} tensors that this model has no place for, and which are ignored: "
+                f"The adapter file holds {len(surplus)} tensors that this model has no place for; they are ignored: "
                 f"{', '.join(sorted(surplus)[:3])}{', ...' if len(surplus) > 3 else ''}.",
                 UserWarning,
                 stacklevel=2,

@@ -1,15 +1,9 @@
-"""Where routed blocks go, as data: one row per family of models.
-
-A row says which child of which class of parent module is a site. Nothing else in the package knows an architecture:
-a new family is a new row in `ARCHITECTURES`, and a model without a row works with `target_modules`.
-"""
+"""Where routed blocks go in a given model: which modules, how wide, on which side, and what their routers look at."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,42 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from smear_peft.architectures import ARCHITECTURES, is_site, layer_norm_names
 from smear_peft.block import SmearBlock
 from smear_peft.config import SmearConfig
 from smear_peft.routing import get_method
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One family: its sites as (class of the parent, name of the child), and the layer norms that train by default."""
-
-    family: str
-    package: str
-    children: tuple[tuple[str, str], ...]
-    layer_norms: tuple[str, ...] = ()
-
-
-ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture(
-        "t5",
-        "transformers.models.t5.",
-        (("T5Attention", "o"), ("T5DenseActDense", "wo"), ("T5DenseGatedActDense", "wo")),
-        ("T5LayerNorm",),
-    ),
-    Architecture(
-        "mt5",
-        "transformers.models.mt5.",
-        (("MT5Attention", "o"), ("MT5DenseActDense", "wo"), ("MT5DenseGatedActDense", "wo")),
-        ("MT5LayerNorm",),
-    ),
-    Architecture(
-        "umt5",
-        "transformers.models.umt5.",
-        (("UMT5Attention", "o"), ("UMT5DenseActDense", "wo"), ("UMT5DenseGatedActDense", "wo")),
-        ("UMT5LayerNorm",),
-    ),
-    Architecture("timm resnet", "timm.models.resnet", (("BasicBlock", "act2"), ("Bottleneck", "act3"))),
-)
+from smear_peft.stacks import Stacks
 
 
 @dataclass(frozen=True)
@@ -82,55 +45,6 @@ class Site:
     router_input: str
     bottleneck: int
     parameters: int = 0
-
-
-class Stacks:
-    """Which parts of a root model own the sites' masks: itself, or its encoder and decoder.
-
-    A model has two stacks when it says so (`config.is_encoder_decoder`), or when it has children `encoder` and
-    `decoder` of which the decoder's forward takes `encoder_hidden_states`.
-
-    Attributes:
-        named: the two stacks with their kinds; empty for a model with a single stack.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        pair = _declared_pair(root) or _named_pair(root) or ()
-        self.named: list[tuple[nn.Module, str]] = list(zip(pair, ("encoder", "decoder"), strict=False))
-        names = {id(module): name for name, module in root.named_modules()}
-        self._prefixes = [(names[id(m)] + ".", kind) for m, kind in self.named if id(m) in names]
-
-    def kind_of(self, name: str) -> str | None:
-        """ "encoder" or "decoder" for the module called `name`; None where the model has a single stack."""
-        if not self._prefixes:
-            return None
-        for prefix, kind in self._prefixes:
-            if name.startswith(prefix):
-                return kind
-        raise ValueError(
-            f"{name} lies outside the encoder and the decoder, so its router has nothing to look at; leave it out of "
-            "target_modules."
-        )
-
-
-def _declared_pair(root: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    if not getattr(getattr(root, "config", None), "is_encoder_decoder", False) or not hasattr(root, "get_encoder"):
-        return None
-    decoder = root.get_decoder() if callable(getattr(root, "get_decoder", None)) else getattr(root, "decoder", None)
-    encoder = root.get_encoder()  # type: ignore[operator]
-    return (encoder, decoder) if encoder not in (None, root) and decoder not in (None, root, encoder) else None
-
-
-def _named_pair(root: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    for owner in (root, getattr(root, "model", None), getattr(root, "transformer", None)):
-        encoder, decoder = getattr(owner, "encoder", None), getattr(owner, "decoder", None)
-        if (
-            isinstance(encoder, nn.Module)
-            and isinstance(decoder, nn.Module)
-            and "encoder_hidden_states" in inspect.signature(decoder.forward).parameters
-        ):
-            return encoder, decoder
-    return None
 
 
 def list_sites(model: nn.Module, config: SmearConfig | None = None) -> list[Site]:
@@ -185,7 +99,7 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
     """
     config = copy.deepcopy(config)
     if config.target_modules is None:
-        names = [name for name in modules if any(_is_site(name, modules, row) for row in ARCHITECTURES)]
+        names = [name for name in modules if any(is_site(name, modules, row) for row in ARCHITECTURES)]
         if get_method(config.routing).sees_all_positions:
             names = [name for name in names if stacks.kind_of(name) != "decoder"]
         if not names:
@@ -194,28 +108,6 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
     if config.train_layer_norms is None:
         config.train_layer_norms = bool(layer_norm_names(modules))
     return config
-
-
-def layer_norm_names(modules: dict[str, nn.Module]) -> list[str]:
-    """Names of the layer norms that the paper trains in models of this kind."""
-    return [
-        name
-        for name, module in modules.items()
-        for row in ARCHITECTURES
-        if type(module).__name__ in row.layer_norms and type(module).__module__.startswith(row.package)
-    ]
-
-
-def _is_site(name: str, modules: dict[str, nn.Module], row: Architecture) -> bool:
-    parent_name, _, child = name.rpartition(".")
-    parent = modules.get(parent_name)
-    if parent is None or not name:
-        return False
-    return any(
-        child == wanted_child and kind.__name__ == wanted_parent and kind.__module__.startswith(row.package)
-        for kind in type(parent).__mro__
-        for wanted_parent, wanted_child in row.children
-    )
 
 
 def _shortest(names: list[str], modules: dict[str, nn.Module]) -> list[str]:
@@ -250,10 +142,11 @@ def _nothing_found(modules: dict[str, nn.Module], wanted: str, config: SmearConf
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         if config is not None and getattr(config, name)
     ]
+    example = next(iter(leaves), ("proj", ""))[0]
     extra = f" (with {', '.join(narrowed)})" if narrowed else ""
     return (
-        f"target_modules={wanted}{extra} matches no module of this model. Families with sites of their own: {families}. "
-        f"For any other model name the modules to wrap, for example target_modules=['{next(iter(leaves), ('proj', ''))[0]}']. "
+        f"target_modules={wanted}{extra} matches no module of this model. Families with sites of their own: "
+        f"{families}. For any other model name the modules to wrap, for example target_modules=['{example}']. "
         f"Found: {found or 'no modules'}."
     )
 
@@ -276,6 +169,12 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
     placement = config.placement
     if placement == "auto":
         placement = "input" if _is_activation(module) else "output"
+    if stacks.causal and get_method(config.routing).router.reads != "nothing":
+        raise ValueError(
+            f"{name} is in a decoder-only model, where a route taken from the whole text would see the answer that it "
+            f"is to predict; routing={config.routing!r} cannot be used there. Routings that do not look at the text "
+            "can: tag, hash, latent_skills, adamix, single."
+        )
     stack = stacks.kind_of(name)
     bottleneck = config.bottleneck_dim or (32 if feature_map else width // config.reduction_factor)
     if bottleneck < 1:
@@ -343,6 +242,6 @@ def _width(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple
             if (sized := _own_width(candidate)) is not None:
                 return sized
     raise ValueError(
-        f"The width of {name} ({type(module).__name__}) cannot be told: it has no out_features, out_channels or weight, "
-        "nor has a module before it in its block. Target a Linear or Conv2d next to it instead."
+        f"The width of {name} ({type(module).__name__}) cannot be told: it has no out_features, out_channels or "
+        "weight, nor has a module before it in its block. Target a Linear or Conv2d next to it instead."
     )

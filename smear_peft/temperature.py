@@ -16,7 +16,7 @@ def temperature_at(step: int, start: float = 10.0, least: float = 0.5, rate: flo
     """The temperature after `step` steps, a function of the step alone, so that a resumed run needs nothing stored.
 
     The authors anneal in place: at each step s with (s + 1) % every == 0, tau <- max(tau exp(-rate s), least)
-    (reference.md 4). On T5 that happens before the step with index s, on ResNet after it.
+    (authors' code). On T5 that happens before the step with index s, on ResNet after it.
 
     Args:
         step: index s of the last step that may have annealed.

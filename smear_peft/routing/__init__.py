@@ -1,7 +1,7 @@
 """Routing methods: one file an idea, one `register` a method.
 
-A method is a `Router` that turns a `Query` (what a site knows about its batch) into a `Mixture` (what its experts are to
-do), and an entry here. `register` adds one from outside.
+A method is a `Router` that turns a `Query` (what a site knows about its batch) into a `Mixture` (what its experts are
+to do), and an entry here. `register` adds one from outside.
 """
 
 from smear_peft.routing.base import Method, Query, Router

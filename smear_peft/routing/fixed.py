@@ -25,7 +25,7 @@ def check_tag(config: SmearConfig) -> None:
     if config.tasks is not None and config.task_to_expert is None and len(config.tasks) > config.num_experts:
         raise ValueError(
             f"tag routing gives each task an expert, but there are {len(config.tasks)} tasks and "
-            f"num_experts={config.num_experts}; share experts with task_to_expert={{task: expert}} or raise num_experts."
+            f"num_experts={config.num_experts}; share with task_to_expert={{task: expert}} or raise num_experts."
         )
 
 
@@ -89,7 +89,7 @@ def _signed(value: int) -> int:
 class AdamixRouter(FixedRouter):
     """AdaMix: in training a random down-projection meets a random up-projection, at inference all are averaged.
 
-    The two draws are independent, one each per example and site (section 2.4; reference.md 4).
+    The two draws are independent, one each per example and site (section 2.4; authors' code).
     """
 
     def forward(self, query: Query) -> Mixture:
@@ -104,7 +104,7 @@ class AdamixRouter(FixedRouter):
 
 
 class SingleRouter(FixedRouter):
-    """Single: one expert for all, a plain adapter (section 2.3); "1x compute", or "1x parameters" when N times wider."""
+    """Single: one expert for all, a plain adapter (section 2.3): "1x compute", or "1x parameters" if N times wider."""
 
     def forward(self, query: Query) -> Mixture:
         """One row of weight 1 (1, 1)."""

@@ -70,7 +70,7 @@ class STGumbelRouter(SoftmaxRouter):
 
 
 class Baseline(nn.Module):
-    """REINFORCE's baseline: D -> D // 8 -> 1, linear, on the detached router input (reference.md 4).
+    """REINFORCE's baseline: D -> D // 8 -> 1, linear, on the detached router input (authors' code).
 
     The weights are kept as (in, out), in the fixtures' layout.
     """

@@ -59,6 +59,10 @@ class Mixture(NamedTuple):
     losses: dict[str, Tensor] = {}  # noqa: RUF012
     policy: Policy | None = None
 
+    def for_rows(self, rows: int) -> Mixture:
+        """The same for B = `rows` examples, where one row of weights holds for all."""
+        return self if self.weights.shape[0] == rows else self._replace(weights=self.weights.expand(rows, -1))
+
     def with_weights(self, weights: Tensor, site: str) -> Mixture:
         """The same use with other weights (B, N); what was a choice becomes a merge.
 

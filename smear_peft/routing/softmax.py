@@ -39,7 +39,7 @@ class SoftmaxGate(nn.Module):
         width: D.
         num_experts: N.
 
-    The rows of W are normalised over D with eps 1e-5, then scaled by a learned w that starts at 0.01 (reference.md 3:
+    The rows of W are normalised over D with eps 1e-5, then scaled by a learned w that starts at 0.01 (authors' code:
     eps is not negligible against rows of variance 1e-4).
     """
 
@@ -68,7 +68,7 @@ class SoftmaxGate(nn.Module):
 class SoftmaxRouter(Router):
     """A router with a softmax gate and expert dropout; what follows from the distribution is the subclass's.
 
-    Expert dropout (paper, table 1; reference.md 3) acts in training: each expert of each example is dropped with
+    Expert dropout (paper, table 1; authors' code) acts in training: each expert of each example is dropped with
     probability q, and the rest is renormalised: p' = (p m + 1e-10) / sum(p m + 1e-10). If all are dropped, the experts
     are averaged evenly.
     """

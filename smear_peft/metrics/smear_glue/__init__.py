@@ -1,0 +1,1 @@
+"""GLUE's metrics as an `evaluate` module: see smear_glue.py."""
