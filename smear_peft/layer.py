@@ -182,7 +182,6 @@ KNOWN_NAMES = frozenset(
     | {f"router.{name}" for name in ("weight", "input_norm.weight", "input_norm.bias", "weight_norm.bias")}
     | {"norm.weight", "norm.bias", "skill.weight", "dselect.z", "dselect.w", "softmoe.phi", "softmoe.scale"}
 )
-)
 
 
 class SmearNorm(SmearModule):

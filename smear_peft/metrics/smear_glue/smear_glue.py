@@ -4,7 +4,8 @@ Two things go beyond it, both for models that answer in words: a prediction that
 accuracy, F1 and Matthews' correlation alike, and values are kept in float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -72,7 +73,7 @@ def spearman(predictions: np.ndarray, references: np.ndarray) -> float:
     return _correlation(spearmanr, predictions, references)
 
 
-def _correlation(function, predictions, references):  # noqa: ANN001, ANN202
+def _correlation(function: Callable[..., Any], predictions: np.ndarray, references: np.ndarray) -> float:
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return float("nan")  # scipy says so too, after a warning
     return float(function(predictions, references)[0])
