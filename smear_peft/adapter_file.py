@@ -145,7 +145,8 @@ def check_tensors(file: Path, expected: dict[str, Tensor], optional: Iterable[st
                 _check_values(file, name, tensors.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) cannot be read: {error}. It may be truncated; copy or download it again."
+            f"{file} ({file.stat().st_size} bytes) cannot be read: {error}. It may be truncated; copy or "
+            "download it again."
         ) from error
 
 
@@ -154,8 +155,8 @@ def _check_names(file: Path, found: set[str], expected: set[str], optional: set[
     if missing or surplus:
         raise ValueError(
             f"{file} does not hold what its configuration and this base model call for: of {len(expected - optional)} "
-            f"tensors {len(missing)} are missing{_examples(missing)}, and {len(surplus)} have no place{_examples(surplus)}. "
-            "Load it onto the kind of base model that it was trained on."
+            f"tensors {len(missing)} are missing{_examples(missing)}, and {len(surplus)} have no place"
+            f"{_examples(surplus)}. Load it onto the kind of base model that it was trained on."
         )
 
 
@@ -181,8 +182,8 @@ def _check_values(file: Path, name: str, tensor: Tensor) -> None:
     bad = int((~torch.isfinite(tensor.float())).sum())
     if bad:
         raise ValueError(
-            f"{file}: {name} holds NaN or infinity in {bad} of {tensor.numel()} places; the training run that saved it had "
-            "diverged."
+            f"{file}: {name} holds NaN or infinity in {bad} of {tensor.numel()} places; the training run that saved it "
+            "had diverged."
         )
     if name.endswith("running_var") and bool((tensor < 0).any()):
         raise ValueError(f"{file}: {name} holds negative variances.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smear_peft.context import RoutingContext, pool
+from smear_peft.context import RoutingContext, check_mask, pool
 from smear_peft.experts import BottleneckExperts, Expert
 from smear_peft.routing import Mixture, Query, Use, get_method
 
@@ -110,6 +110,8 @@ class SmearBlock(nn.Module):
         pooled = None
         if self.routing.reads == "pooled":
             pooled = self._pooled(tokens, mask, context)
+        elif self.routing.reads == "tokens" and mask is not None:
+            check_mask(tokens, mask)
         query = Query(rows, tokens.device, pooled, tokens, mask, context.tags, context.example_ids)
         for name, value in (("routing_tags", query.tags), ("example_ids", query.example_ids)):
             if name in self.method.needs and value is None:
@@ -159,10 +161,16 @@ class SmearBlock(nn.Module):
     def _normalised(self, features: Tensor) -> Tensor:
         if not isinstance(self.norm, nn.BatchNorm2d):
             return features
-        norm = self.norm
-        if norm.weight.dtype == features.dtype:
-            return norm(features)
-        return norm(features.to(norm.weight.dtype)).to(features.dtype)
+        norm, stats = self.norm, self.norm.running_mean
+        assert stats is not None
+        assert norm.num_batches_tracked is not None
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        weight, bias = norm.weight.to(stats.dtype), norm.bias.to(stats.dtype)
+        z = F.batch_norm(
+            features.to(stats.dtype), stats, norm.running_var, weight, bias, norm.training, MOMENTUM, EPS
+        )
+        return z.to(features.dtype)
 
     def _tokens(self, features: Tensor) -> Tensor:
         if self.site.feature_map:
@@ -173,6 +181,14 @@ class SmearBlock(nn.Module):
         if self.site.feature_map:
             update = update.mT.unflatten(2, features.shape[2:])
         return update.reshape(features.shape).to(features.dtype)
+
+    def to_float(self, device: torch.device | None, dtype: torch.dtype) -> SmearBlock:
+        """Move parameters to a device (None: they stay) and dtype; running statistics stay in at least float32."""
+        self.to(device=device, dtype=dtype)
+        if isinstance(self.norm, nn.BatchNorm2d) and dtype in (torch.bfloat16, torch.float16):
+            for name in ("running_mean", "running_var"):
+                setattr(self.norm, name, getattr(self.norm, name).float())
+        return self
 
     def state(self) -> dict[str, Tensor]:
         """Live parameters and buffers under the fixtures' names (tests/fixtures/oracle/README.md)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from peft import PeftConfig
 from smear_peft.registration import extend_peft_type
 
 MAX_EXPERTS = 4096
+MAX_WIDTH = 2**20  # of an expert, and slots; above it a file is broken, or means harm
 FORMAT_VERSION = 1
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -119,6 +119,15 @@ class SmearConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type()
+        self.check()
+
+    def check(self) -> None:
+        """Check every field: at construction, and again when a model gets the adapter, for fields set in between.
+
+        Raises:
+            ValueError: a field has a value that means nothing.
+            TypeError: a field has the wrong type.
+        """
         self._normalise()
         self._check_types()
         self._check_values()
@@ -128,12 +137,12 @@ class SmearConfig(PeftConfig):
         get_method(self.routing).check(self)
 
     def _normalise(self) -> None:
-        if isinstance(self.target_modules, set | tuple):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, set | tuple):
-            self.exclude_modules = sorted(self.exclude_modules)
-        if isinstance(self.tasks, tuple):
-            self.tasks = list(self.tasks)
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "tasks", "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                setattr(self, name, list(value))
+            elif isinstance(value, set):
+                setattr(self, name, sorted(value, key=str))
         if self.routing == "single" and isinstance(self.num_experts, int):
             self.num_experts = 1
 
@@ -149,11 +158,20 @@ class SmearConfig(PeftConfig):
         self._expect("expert_dropout", (int, float), "a number or None", optional=True)
         self._expect("routing_options", dict, "a dict")
         self._expect("task_to_expert", dict, "a dict or None", optional=True)
-        if self.train_layer_norms not in (None, True, False):
+        if not any(self.train_layer_norms is value for value in (None, True, False)):
             raise TypeError(f"train_layer_norms must be True, False or None, not {self.train_layer_norms!r}.")
-        for name in ("target_modules", "exclude_modules"):
+        if not isinstance(self.inference_mode, bool):
+            raise TypeError(f"inference_mode must be True or False, not {self.inference_mode!r}.")
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            self._expect(name, str, "a string or None", optional=True)
+        self._expect("auto_mapping", dict, "a dict or None", optional=True)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
             self._expect_names(name, or_pattern=True)
         self._expect_names("modules_to_save", or_pattern=False)
+        layers = self.layers_to_transform
+        for layer in layers if isinstance(layers, list) else [layers]:
+            if layers is not None and (not isinstance(layer, int) or isinstance(layer, bool)):
+                raise TypeError(f"layers_to_transform must be a layer's index, a list of them or None, not {layers!r}.")
 
     def _expect(self, name: str, kind: Any, wanted: str, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -165,28 +183,33 @@ class SmearConfig(PeftConfig):
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, str) and or_pattern:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{name}={value!r} is no regular expression: {error}.") from None
-            return
-        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        names = [value] if isinstance(value, str) and or_pattern else value
+        if not isinstance(names, list) or not all(isinstance(v, str) for v in names):
             wanted = "a list of names, a regular expression or None" if or_pattern else "a list of names or None"
             raise TypeError(f"{name} must be {wanted}, not {value!r}.")
+        if isinstance(value, list) and name in ("target_modules", "exclude_modules"):
+            return  # PEFT compares these names, and reads any other as a pattern
+        for pattern in names:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name}={value!r} is no regular expression: {error}.") from None
 
     def _check_values(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; possible: {', '.join(choices)}.")
-        self._at_least("num_experts", 1)
-        if self.num_experts > MAX_EXPERTS:
-            raise ValueError(f"num_experts={self.num_experts} is more than the {MAX_EXPERTS} that are possible.")
+        self._at_least("num_experts", 1, MAX_EXPERTS)
         self._at_least("reduction_factor", 1)
-        self._at_least("slots_per_expert", 1)
         self._at_least("top_k", 1)
+        self._at_least("slots_per_expert", 1, MAX_WIDTH)
         if self.bottleneck_dim is not None:
-            self._at_least("bottleneck_dim", 1)
+            self._at_least("bottleneck_dim", 1, MAX_WIDTH)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} does nothing beside target_modules="
+                f"{self.target_modules!r}, which is a regular expression; write the layers into the expression."
+            )
         for name in NON_NEGATIVE:
             self._at_least(name, 0)
         if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
@@ -200,10 +223,12 @@ class SmearConfig(PeftConfig):
                 "install a newer one (pip install -U smear-peft) to load this adapter."
             )
 
-    def _at_least(self, name: str, least: float) -> None:
+    def _at_least(self, name: str, least: float, most: float = float("inf")) -> None:
         value = getattr(self, name)
         if not least <= value < float("inf"):
             raise ValueError(f"{name}={value} must be a finite number of at least {least}.")
+        if value > most:
+            raise ValueError(f"{name}={value} is more than the {most} that are possible.")
 
     def _check_tasks(self) -> None:
         if self.tasks is None:

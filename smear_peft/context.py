@@ -111,15 +111,24 @@ def pool(x: Tensor, mask: Tensor | None) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask is None:
         return x.mean(1, dtype=dtype)
+    check_mask(x, mask)
+    kept = (mask != 0).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        total = torch.bmm(kept.unsqueeze(1), x.to(dtype)).squeeze(1)
+    return total / kept.sum(1, keepdim=True).clamp(min=1)
+
+
+def check_mask(x: Tensor, mask: Tensor) -> None:
+    """A mask for features (B, L, D) must be (B, L).
+
+    Raises:
+        ValueError: it is not; the message names `routing_mask`.
+    """
     if mask.shape != x.shape[:2]:
         raise ValueError(
             f"The mask for routing has shape {tuple(mask.shape)}, but the features have (B, L) = {tuple(x.shape[:2])}. "
             "Pass routing_mask=(B, L), non-zero at the positions that routers may see."
         )
-    kept = (mask != 0).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        total = torch.bmm(kept.unsqueeze(1), x.to(dtype)).squeeze(1)
-    return total / kept.sum(1, keepdim=True).clamp(min=1)
 
 
 def pooled_source(state: Tensor, mask: Tensor | None, poolings: tuple[str, ...]) -> Source:

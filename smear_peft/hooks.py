@@ -155,7 +155,7 @@ class RootHook:
                 self.warned = True
                 warnings.warn(
                     f"routing={config.routing!r} has auxiliary terms ({', '.join(terms)}) that the model's loss "
-                    "does not hold. Train with smear_peft.SmearTrainer, or a loop with smear_peft.routed_loss(model, batch).",
+                    "does not hold. Train with SmearTrainer, or in a loop with smear_peft.routed_loss(model, batch).",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -82,7 +82,7 @@ class SmearLayer(SmearModule):
             setattr(self, name, site.width)
         block = SmearBlock(site, config)
         on_meta = any(p.is_meta for p in block.parameters())
-        self.smear_block[adapter_name] = block.to(dtype=dtype) if on_meta else block.to(device, dtype)
+        self.smear_block[adapter_name] = block.to_float(None if on_meta else device, dtype)
         self.smear_block[adapter_name].train(self.training)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -199,9 +199,16 @@ class SmearNorm(SmearModule):
         self.smear_norm = nn.ModuleDict()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The running adapter's norm, or the base's."""
+        """The running adapter's norm, or the base's; a half-precision base gets its own dtype back.
+
+        PEFT keeps adapters in float32, and a float32 norm would carry the whole model there.
+        """
         names = self.running()
-        return (self.smear_norm[names[-1]] if names else self.base_layer)(*args, **kwargs)
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        out = self.smear_norm[names[-1]](*args, **kwargs)
+        dtype = self.weight.dtype
+        return out.to(dtype) if dtype in (torch.bfloat16, torch.float16) else out
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, but only one adapter that trains layer norms can be active.

@@ -104,7 +104,6 @@ def expected_tensors(root: nn.Module, config: SmearConfig, folder: Path) -> tupl
     parts |= {f"{name}.smear_norm": modules[name] for name in trained_norms(modules, config)}
     saved = tuple(config.modules_to_save or ())
     parts |= {name: module for name, module in modules.items() if saved and name.endswith(saved)}
-    # PEFT leaves a tuner layer's own name out of the keys of a module that is saved whole.
     expected = _tensors(parts)
     embeddings = _tensors(_embeddings(root, modules))
     optional = [name for name in embeddings if name not in expected]
@@ -130,7 +129,7 @@ def _embeddings(root: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.
 def untouched_on_failure(root: nn.Module) -> Iterator[None]:
     """Put a model's modules back as they were if the `with` block raises: children, hooks, modes, other attributes.
 
-    The dicts that a module keeps (of children, parameters, hooks) are emptied and refilled rather than replaced, because
+    The dicts that a module keeps (of children, parameters, hooks) are emptied and refilled rather than replaced:
     others, such as the handles of hooks, hold on to them.
     """
     modules = [(module, dict(vars(module)), _copies(module)) for module in root.modules()]

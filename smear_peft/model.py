@@ -12,12 +12,11 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from smear_peft.architectures import layer_norm_names
 from smear_peft.batch_norm import hold_base_statistics
 from smear_peft.config import SmearConfig
 from smear_peft.hooks import install, uninstall
 from smear_peft.layer import CANNOT_MERGE, SmearLayer, SmearModule, SmearNorm, check_one_norm
-from smear_peft.sites import base_modules, describe, resolve, site_names
+from smear_peft.sites import base_modules, describe, resolve, site_names, trained_norms
 from smear_peft.stacks import Stacks
 from smear_peft.trace import routed_layers
 
@@ -55,7 +54,7 @@ class SmearModel(BaseTuner):
         config = resolve(modules, cast(SmearConfig, self.peft_config[adapter_name]), stacks)
         names = site_names(modules, config)
         self._sites = {name: describe(name, modules, config, stacks) for name in names}
-        self._norms = set(layer_norm_names(modules)) if config.train_layer_norms else set()
+        self._norms = set(trained_norms(modules, config))
         self._reference = _reference_tensors(modules, list(self._sites))
         self._check_base(model, modules)
         self.peft_config[adapter_name] = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -95,26 +96,42 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
     """`config` with `target_modules` and `train_layer_norms` filled in for this model; `config` itself is unchanged.
 
     Raises:
-        ValueError: `target_modules` is None and the model has no row in `ARCHITECTURES`.
+        ValueError: `target_modules` is None and the model has no row in `ARCHITECTURES`, or a field means nothing.
     """
     config = copy.deepcopy(config)
+    config.check()
     if config.target_modules is None:
         names = [name for name in modules if any(is_site(name, modules, row) for row in ARCHITECTURES)]
         if get_method(config.routing).sees_all_positions:
             names = [name for name in names if stacks.kind_of(name) != "decoder"]
         if not names:
             raise ValueError(_nothing_found(modules, "None"))
-        config.target_modules = _shortest(names, modules)
+        config.target_modules = _shortest(names, modules, config)
     if config.train_layer_norms is None:
         config.train_layer_norms = bool(layer_norm_names(modules))
     return config
 
 
-def _shortest(names: list[str], modules: dict[str, nn.Module]) -> list[str]:
-    """The last parts of the names where they mean the same modules, as one would write them by hand; else the names."""
+def trained_norms(modules: dict[str, nn.Module], config: SmearConfig) -> list[str]:
+    """Names of the base's layer norms that a resolved `config` trains copies of: none inside of `modules_to_save`."""
+    if not config.train_layer_norms:
+        return []
+    names = layer_norm_names(modules)
+    whole = config.modules_to_save or ()
+    return [n for n in names if not any(re.match(rf"(^|.*\.){module}($|\..*)", n) for module in whole)]
+
+
+def _shortest(names: list[str], modules: dict[str, nn.Module], config: SmearConfig) -> list[str]:
+    """The last parts of the names where they mean the same modules, as one would write them by hand; else the names.
+
+    PEFT applies `layers_to_transform` to endings alone, so of whole names only those in these layers are kept.
+    """
     endings = sorted({name.rpartition(".")[2] for name in names})
     matched = [name for name in modules if name.rpartition(".")[2] in endings]
-    return endings if set(matched) == set(names) else names
+    if set(matched) == set(names):
+        return endings
+    config.target_modules = endings
+    return [name for name in names if check_target_module_exists(config, name)]
 
 
 def site_names(modules: dict[str, nn.Module], config: SmearConfig) -> list[str]:
@@ -142,7 +159,8 @@ def _nothing_found(modules: dict[str, nn.Module], wanted: str, config: SmearConf
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         if config is not None and getattr(config, name)
     ]
-    example = next(iter(leaves), ("proj", ""))[0]
+    sized = (name for name, kind in leaves if kind.startswith(("Linear", "Conv")) and not name.isdigit())
+    example = next(sized, "proj")
     extra = f" (with {', '.join(narrowed)})" if narrowed else ""
     return (
         f"target_modules={wanted}{extra} matches no module of this model. Families with sites of their own: "

@@ -1,0 +1,52 @@
+"""Tiny models with adapters whose routes differ: fresh routers are all but uniform, which would hide mistakes."""
+
+from __future__ import annotations
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from smear_peft import SmearConfig, SmearLayer
+
+from .models import tiny_t5
+
+NEEDS = {"tag": "routing_tags", "latent_skills": "routing_tags", "hash": "example_ids"}
+TASKS = ["cola", "rte", "sst2"]
+
+
+@torch.no_grad()
+def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every block parameters as after a long training: decided routers, experts that matter."""
+    draw = torch.Generator().manual_seed(seed)
+    for layer in (m for m in model.modules() if isinstance(m, SmearLayer)):
+        for block in layer.smear_block.values():
+            for name, p in block.named_parameters():
+                if name.endswith("weight_norm.weight"):
+                    p.copy_(0.1 + 0.2 * torch.rand(p.shape, generator=draw))
+                elif name.startswith("norm") and name.endswith("weight"):
+                    p.copy_(0.5 + 0.5 * torch.rand(p.shape, generator=draw))
+                elif name.endswith("input_norm.weight"):
+                    p.copy_(1 + 0.2 * torch.randn(p.shape, generator=draw))
+                else:
+                    p.copy_(0.3 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def routed(base: nn.Module | None = None, *, task_type: str | None = None, seed: int = 0, **fields) -> nn.Module:
+    """A PeftModel in eval mode around `base` (default: the tiny T5), 3 experts of width 4 per site."""
+    settings = {"num_experts": 3, "bottleneck_dim": 4, "task_type": task_type}
+    if fields.get("routing") == "latent_skills":
+        settings["tasks"] = TASKS
+    config = SmearConfig(**{**settings, **fields})
+    return enliven(get_peft_model(tiny_t5() if base is None else base, config), seed).eval()
+
+
+def extras(routing: str, rows: int) -> dict[str, Tensor]:
+    """The argument beside the batch that a method needs, for B rows."""
+    return {NEEDS[routing]: torch.arange(rows) * 7 % 3} if routing in NEEDS else {}
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal within `tolerance` of their scale."""
+    scale = max(1.0, b.abs().max().item())
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
