@@ -4,6 +4,7 @@
 """
 
 import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
 from smear_peft.registration import register
 
@@ -12,21 +13,28 @@ register()
 from smear_peft.config import SmearConfig  # noqa: E402
 from smear_peft.layer import SmearLayer  # noqa: E402
 from smear_peft.loading import load  # noqa: E402
-from smear_peft.losses import auxiliary_loss, routed_loss  # noqa: E402
 from smear_peft.model import SmearModel  # noqa: E402
+from smear_peft.objective import auxiliary_loss, routed_loss  # noqa: E402
 from smear_peft.routing import ROUTINGS  # noqa: E402
 from smear_peft.sites import Site, list_sites  # noqa: E402
 from smear_peft.temperature import parameter_groups, set_temperature, temperature_at  # noqa: E402
 from smear_peft.trace import Trace, override_routes, trace  # noqa: E402
 
+if TYPE_CHECKING:
+    from smear_peft.trainer import RoutedCollator, SmearSeq2SeqTrainer, SmearTrainer, TemperatureCallback
+
 __version__ = importlib.metadata.version("smear-peft")
 
 __all__ = [
     "ROUTINGS",
+    "RoutedCollator",
     "Site",
     "SmearConfig",
     "SmearLayer",
     "SmearModel",
+    "SmearSeq2SeqTrainer",
+    "SmearTrainer",
+    "TemperatureCallback",
     "Trace",
     "auxiliary_loss",
     "list_sites",
@@ -38,3 +46,14 @@ __all__ = [
     "temperature_at",
     "trace",
 ]
+
+_TRAINER = ("RoutedCollator", "SmearSeq2SeqTrainer", "SmearTrainer", "TemperatureCallback")
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Transformers' Trainer is imported when it is used."""
+    if name in _TRAINER:
+        from smear_peft import trainer  # noqa: PLC0415
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -85,18 +85,19 @@ class SmearBlock(nn.Module):
             ValueError: the method needs tags or ids that the context does not have, or the site needs the encoder's
                 state and runs outside of its model.
         """
-        tokens = self._tokens(self._normalised(features))
+        tokens = self._tokens(self._normalised(features, context.recomputed))
         generation = context.generation if self.site.router_input == "encoder state" else None
         if generation is not None and (plan := generation.recall(self)) is not None:
-            return features + self._as_features(self._update(tokens, *plan), features), None, None
-        mask = context.mask if features.ndim == 3 and self.site.router_input == "own output" else None
+            return self._added(self._update(tokens, *plan), features), None, None
+        sequence = features.ndim == 3 and not self.site.feature_map
+        mask = context.mask if sequence and self.site.router_input == "own output" else None
         rows = tokens.shape[0] if generation is None else generation.rows or tokens.shape[0]
         mixture, seen = self._route(tokens, rows, mask, context, override)
         expert = None
         if generation is not None:
             expert = self.expert.select(mixture, tokens.dtype)
             generation.keep(self, mixture, expert)
-        out = features + self._as_features(self._update(tokens, mixture, expert), features)
+        out = self._added(self._update(tokens, mixture, expert), features)
         return out, mixture.for_rows(rows) if context.traces else mixture, seen
 
     def _route(
@@ -158,17 +159,20 @@ class SmearBlock(nn.Module):
             update = update * gate.to(update.dtype)[:, None, None]
         return update.reshape(batch, length, width) if joined else update
 
-    def _normalised(self, features: Tensor) -> Tensor:
+    def _normalised(self, features: Tensor, recomputed: bool) -> Tensor:
         if not isinstance(self.norm, nn.BatchNorm2d):
             return features
-        norm, stats = self.norm, self.norm.running_mean
+        norm, stats, variance = self.norm, self.norm.running_mean, self.norm.running_var
         assert stats is not None
+        assert variance is not None
         assert norm.num_batches_tracked is not None
-        if norm.training:
+        if norm.training and recomputed:
+            stats, variance = stats.clone(), variance.clone()  # the forward itself has updated them
+        elif norm.training:
             norm.num_batches_tracked.add_(1)
         weight, bias = norm.weight.to(stats.dtype), norm.bias.to(stats.dtype)
         z = F.batch_norm(
-            features.to(stats.dtype), stats, norm.running_var, weight, bias, norm.training, MOMENTUM, EPS
+            features.to(stats.dtype), stats, variance, weight, bias, norm.training, MOMENTUM, EPS
         )
         return z.to(features.dtype)
 
@@ -177,10 +181,14 @@ class SmearBlock(nn.Module):
             return features.flatten(2).mT
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
-    def _as_features(self, update: Tensor, features: Tensor) -> Tensor:
+    def _added(self, update: Tensor, features: Tensor) -> Tensor:
+        """features + update, the update (B, L, D) in the features' shape and dtype.
+
+        In place on the update: it is this block's own, and no backward formula here needs it.
+        """
         if self.site.feature_map:
             update = update.mT.unflatten(2, features.shape[2:])
-        return update.reshape(features.shape).to(features.dtype)
+        return update.reshape(features.shape).to(features.dtype).add_(features)
 
     def to_float(self, device: torch.device | None, dtype: torch.dtype) -> SmearBlock:
         """Move parameters to a device (None: they stay) and dtype; running statistics stay in at least float32."""

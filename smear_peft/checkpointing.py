@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from smear_peft.context import current, entered, pooled_source
+
+if TYPE_CHECKING:
+    from smear_peft.block import SmearBlock
 
 
 def route_checkpoints(module: nn.Module) -> None:
@@ -34,11 +36,7 @@ class RoutedCheckpoint:
         self.function = function
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint `forward(*args)`.
-
-        Raises:
-            ValueError: checkpointing is re-entrant, and a method's blocks make auxiliary terms.
-        """
+        """Checkpoint `forward(*args)`."""
         return self.function(_Recomputed(forward, args), *args, **kwargs)
 
 
@@ -59,10 +57,8 @@ class _Recomputed:
         if self.first:
             self.first = False
             self.reentrant = self.grad and not torch.is_grad_enabled()
-            if self.reentrant:
-                refuse_lost_terms(self.forward)
             return self.forward(*args)
-        context = self.context._replace(traces=())
+        context = self.context._replace(traces=(), recomputed=True)
         if self.reentrant and self.source_at is not None and context.source is not None:
             # Re-entrant recomputation differentiates with respect to its own arguments: route from that copy.
             source = context.source
@@ -71,23 +67,14 @@ class _Recomputed:
             return self.forward(*args)
 
 
-def refuse_lost_terms(forward: Callable[..., Any]) -> None:
-    """Refuse re-entrant checkpointing of blocks that make auxiliary terms: these would have no gradient.
+def refuse_lost_terms(block: SmearBlock) -> None:
+    """Refuse re-entrant checkpointing of a block that makes auxiliary terms: these would have no gradient.
 
     Raises:
-        ValueError: a checkpointed block makes one; the message says how to checkpoint instead.
+        ValueError: it makes some; the message says how to checkpoint instead.
     """
-    from smear_peft.layer import SmearLayer  # noqa: PLC0415
-
-    owner = forward.args[0] if isinstance(forward, functools.partial) and forward.args else None
-    owner = owner if owner is not None else getattr(forward, "__self__", None)
-    if not isinstance(owner, nn.Module):
-        return
-    layers = [module for module in owner.modules() if isinstance(module, SmearLayer)]
-    for layer in layers:
-        for block in map(layer.block, layer.running()):
-            if block.method.block_losses or block.config.balance_weight > 0:
-                raise ValueError(
-                    f"routing={block.method.name!r} has auxiliary terms that re-entrant gradient checkpointing cannot "
-                    "carry; enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
+    if block.method.block_losses or block.config.balance_weight > 0:
+        raise ValueError(
+            f"routing={block.method.name!r} has auxiliary terms that re-entrant gradient checkpointing cannot carry; "
+            "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )

@@ -76,7 +76,7 @@ class SmearConfig(PeftConfig):
         "Train (and save) copies of the base's layer norms; None: yes where the paper does, on T5."
     )
     target_modules: list[str] | str | None = _setting(
-        "Sites: names, endings of names, or one regular expression; None: the architecture's own (list_sites)."
+        "Sites: names, endings of names, a regular expression or all-linear; None: the architecture's own (list_sites)."
     )
     exclude_modules: list[str] | str | None = _setting("Sites to leave out, written as target_modules.")
     layers_to_transform: list[int] | int | None = _setting("Only sites in layers with these indices (as in LoRA).")
@@ -205,11 +205,7 @@ class SmearConfig(PeftConfig):
         self._at_least("slots_per_expert", 1, MAX_WIDTH)
         if self.bottleneck_dim is not None:
             self._at_least("bottleneck_dim", 1, MAX_WIDTH)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} does nothing beside target_modules="
-                f"{self.target_modules!r}, which is a regular expression; write the layers into the expression."
-            )
+        self._check_layers()
         for name in NON_NEGATIVE:
             self._at_least(name, 0)
         if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
@@ -222,6 +218,17 @@ class SmearConfig(PeftConfig):
                 f"format_version={self.format_version}: this smear_peft reads versions 1 to {FORMAT_VERSION}; "
                 "install a newer one (pip install -U smear-peft) to load this adapter."
             )
+
+    def _check_layers(self) -> None:
+        """As PEFT's own methods do, and in their words."""
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. Write the layers into the expression "
+                    f"{self.target_modules!r}, or list names."
+                )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def _at_least(self, name: str, least: float, most: float = float("inf")) -> None:
         value = getattr(self, name)
@@ -281,7 +288,7 @@ class SmearConfig(PeftConfig):
                 )
         return [table[task] for task in tasks]
 
-    def dropout(self) -> float:
+    def dropout_probability(self) -> float:
         """`expert_dropout`, with None replaced by the method's own default."""
         from smear_peft.routing import get_method  # noqa: PLC0415
 

@@ -1,12 +1,13 @@
 """`RoutingContext`: what a forward knows about its batch, handed to every routed block without touching the base model.
 
-A context lives in a context variable for the length of one forward of the module that owns it: hooks enter it when the
-root model or one of its stacks is called and leave it when the call ends, by whatever way (`hooks.py`). Two threads
-that call the same model therefore never see each other's batch, and nothing stays behind on the modules.
+A context lives for the length of one forward of the module that owns it: hooks enter it when the root model or one of
+its stacks is called and leave it when the call ends, by whatever way (`hooks.py`). It belongs to the thread, so two
+threads that call the same model never see each other's batch, and nothing stays behind on the modules.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from smear_peft.generation import Generation
+    from smear_peft.mixed import MixedBatch
+    from smear_peft.recompute import Forward
     from smear_peft.trace import Trace
 
 
@@ -24,12 +27,12 @@ class Source(NamedTuple):
     """The encoder's final state as decoder routers see it.
 
     Attributes:
-        state: (B, S, D), the encoder's state itself.
+        state: (B, S, D), the encoder's state itself; None in a recomputation.
         mask: (B, S) or None.
         pooled: (B, D) per pooling name.
     """
 
-    state: Tensor
+    state: Tensor | None
     mask: Tensor | None
     pooled: dict[str, Tensor]
 
@@ -39,7 +42,6 @@ class RoutingContext(NamedTuple):
 
     Attributes:
         owner: the module (or trace) that entered this context.
-        outer: the context that it replaced.
         rows: B, examples before beam expansion; None where nobody said.
         tags: (B,) integers, indices into `SmearConfig.tasks`.
         example_ids: (B,) integers.
@@ -49,10 +51,13 @@ class RoutingContext(NamedTuple):
         generation: set inside `generate`.
         traces: who listens.
         overrides: who replaces weights (`override_routes`).
+        grad: whether the forward was called for gradients.
+        forward: takes notes for recomputations (`recompute.py`).
+        recomputed: whether a checkpointed part runs once more, in a backward pass.
+        mixed: which rows take which adapter, where they take different ones.
     """
 
     owner: Any = None
-    outer: RoutingContext | None = None
     rows: int | None = None
     tags: Tensor | None = None
     example_ids: Tensor | None = None
@@ -62,37 +67,59 @@ class RoutingContext(NamedTuple):
     generation: Generation | None = None
     traces: tuple[Trace, ...] = ()
     overrides: tuple[tuple[frozenset[int], Callable[[str, Tensor], Tensor]], ...] = ()
+    grad: bool = False
+    forward: Forward | None = None
+    recomputed: bool = False
+    mixed: MixedBatch | None = None
 
 
-_CURRENT: ContextVar[RoutingContext] = ContextVar("smear_peft_routing", default=RoutingContext())  # noqa: B039
+class _Forwards(threading.local):
+    """The contexts of the forwards that are running in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.contexts: list[RoutingContext] = []
+
+
+# Two places, because torch.compile cannot set context variables, and because only these belong to an asyncio task.
+_AROUND: ContextVar[RoutingContext] = ContextVar("smear_peft_routing", default=RoutingContext())  # noqa: B039
+_FORWARDS = _Forwards()
 
 
 def current() -> RoutingContext:
-    """The context of the forward that is running in this thread."""
-    return _CURRENT.get()
+    """The context of the forward that is running in this thread, else of the `with` blocks around it."""
+    contexts = _FORWARDS.contexts
+    return contexts[-1] if contexts else _AROUND.get()
 
 
 def enter(context: RoutingContext) -> None:
-    """Make `context` the current one; its `outer` must be the one that it replaces."""
-    _CURRENT.set(context)
+    """Make `context`, a forward's, the current one."""
+    _FORWARDS.contexts.append(context)
+    if context.forward is not None:
+        context.forward.note(context)
 
 
-def leave(owner: Any) -> None:
-    """Go back to the context outside `owner`'s. Does nothing if `owner` never entered one (it failed before)."""
-    context = _CURRENT.get()
-    if context.owner is owner and context.outer is not None:
-        _CURRENT.set(context.outer)
+def leave(owner: Any) -> RoutingContext | None:
+    """Leave `owner`'s context, which is returned. None if `owner` never entered one (it failed before)."""
+    contexts = _FORWARDS.contexts
+    if not contexts or contexts[-1].owner is not owner:
+        return None
+    left = contexts.pop()
+    if contexts and contexts[-1].forward is not None:
+        contexts[-1].forward.note(contexts[-1])
+    return left
 
 
 @contextmanager
 def entered(context: RoutingContext) -> Iterator[RoutingContext]:
     """`context` for the length of a `with` block."""
-    before = _CURRENT.get()
-    _CURRENT.set(context)
+    before, running = _AROUND.get(), _FORWARDS.contexts
+    _AROUND.set(context)
+    _FORWARDS.contexts = []
     try:
         yield context
     finally:
-        _CURRENT.set(before)
+        _AROUND.set(before)
+        _FORWARDS.contexts = running
 
 
 def pool(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -110,7 +137,7 @@ def pool(x: Tensor, mask: Tensor | None) -> Tensor:
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask is None:
-        return x.mean(1, dtype=dtype)
+        return x.sum(1, dtype=dtype) / x.shape[1]
     check_mask(x, mask)
     kept = (mask != 0).to(dtype)
     with torch.autocast(x.device.type, enabled=False):

@@ -211,8 +211,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _shared(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(R, L, i) by one (i, o), plus bias (o,): (R, L, o) in the memory layout of x."""
-    if not _is_channels_first(x):
-        return F.linear(x, weight.mT, bias)
-    product = (weight.mT @ x.mT).mT
-    return product if bias is None else product + bias
+    """(R, L, i) by one (i, o), plus bias (o,): (R, L, o) in the memory layout of x.
+
+    Spelled out, because `matmul` takes another path, with other rounding, for a weight that requires a gradient: a model
+    would not answer bit for bit what its frozen reload answers.
+    """
+    if _is_channels_first(x):
+        product = torch.bmm(weight.mT.expand(x.shape[0], -1, -1), x.mT).mT
+        return product if bias is None else product + bias
+    flat = x.flatten(0, 1)
+    product = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return product.unflatten(0, x.shape[:2])

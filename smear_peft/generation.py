@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from smear_peft.context import ROUTED_ARGUMENTS, Source, batch_size, current, entered
+from smear_peft.context import ROUTED_ARGUMENTS, Source, batch_size, entered
 
 if TYPE_CHECKING:
     from smear_peft.block import SmearBlock
@@ -92,7 +92,6 @@ class RoutedGenerate:
         for trace in context.traces:
             if trace.root is self.model:
                 trace.begin()
-        outer = current()
-        with entered(context._replace(owner=self, outer=outer, generation=Generation(rows))):
+        with entered(context._replace(owner=self, generation=Generation(rows))):
             generate = type(self.model).generate  # type: ignore[attr-defined]
             return generate(self.model, *args, **kwargs)

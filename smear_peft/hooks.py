@@ -14,6 +14,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smear_peft.batch_norm import hold_statistics
@@ -33,6 +34,8 @@ from smear_peft.context import (
     pooled_source,
 )
 from smear_peft.generation import RoutedGenerate
+from smear_peft.mixed import MixedBatch, name_rows
+from smear_peft.recompute import Forward, running
 from smear_peft.routing import get_method
 from smear_peft.stacks import Stacks
 
@@ -97,10 +100,12 @@ class RootHook:
             if mask is None:
                 mask = as_mask(self.call.get("attention_mask", args, kwargs), "attention_mask")
             context = context._replace(mask=mask)
-        if module.training and torch.is_grad_enabled():
+        grad = torch.is_grad_enabled()
+        if module.training and grad:
             self._warn_of_lost_terms(context)
             route_checkpoints(module)
-        enter(context._replace(owner=module, outer=outer))
+        notes = Forward() if grad and not context.recomputed and not torch.compiler.is_compiling() else None
+        enter(context._replace(owner=module, grad=grad, forward=notes))
         return args, kwargs
 
     def context(self, module: nn.Module, given: dict[str, Any], rows: int | None) -> RoutingContext:
@@ -110,45 +115,49 @@ class RootHook:
             ValueError: something that a method needs is missing, or has a wrong shape or range.
             TypeError: tags or ids are no integers, or the mask is no tensor.
         """
-        outer = current()
+        outer = running()
         device = module_device(module)
+        mixed = outer.owner if isinstance(outer.owner, MixedBatch) and outer.owner.model is module else None
+        if mixed is not None:
+            mixed.check_call(rows, [trace for trace in outer.traces if trace.root is module])
         ids: dict[str, Tensor | None] = {"routing_tags": None, "example_ids": None}
-        for config in self.configs():
+        for adapter, config in self.configs(mixed).items():
             method = get_method(config.routing)
             for name in method.needs:
                 value = given.get(name)
                 if value is None:
                     raise ValueError(missing_argument(config.routing, name))
-                ids[name] = as_ids(name, value, rows, device)
+                ids[name] = found = as_ids(name, value, rows, device)
                 if name == "routing_tags":
-                    check_range(ids[name], config)
+                    check_range(found if mixed is None else found[mixed.rows[adapter]], config)
         mask = given.get("routing_mask")
         if mask is not None and not isinstance(mask, Tensor):
             raise TypeError(f"routing_mask must be a tensor (B, L), not a {type(mask).__name__}.")
         mask = as_mask(mask, "routing_mask")
         return RoutingContext(
-            outer=outer,
             rows=rows,
             tags=ids["routing_tags"],
             example_ids=ids["example_ids"],
             routing_mask=mask,
             traces=outer.traces,
             overrides=outer.overrides,
+            recomputed=outer.recomputed,
+            mixed=mixed,
         )
 
-    def configs(self) -> list[SmearConfig]:
-        """Configurations of the adapters that run in this model."""
+    def configs(self, mixed: MixedBatch | None = None) -> dict[str, SmearConfig]:
+        """Configurations of the adapters that run in this model, by name."""
         found: dict[str, SmearConfig] = {}
         for layer in self.layers:
-            for name in layer.running():
+            for name in layer.running(mixed):
                 if name not in found:
                     found[name] = layer.block(name).config
-        return list(found.values())
+        return found
 
     def _warn_of_lost_terms(self, context: RoutingContext) -> None:
-        if self.warned or context.traces:
+        if self.warned or context.traces or context.recomputed:
             return
-        for config in self.configs():
+        for config in self.configs().values():
             method = get_method(config.routing)
             terms = [*method.losses, *(["balance"] if config.balance_weight > 0 else [])]
             if terms:
@@ -196,17 +205,17 @@ class StackHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Enter the stack's context."""
-        outer = current()
+        context = running()
         if self.kind == "encoder":
-            mask = outer.routing_mask
+            mask = context.routing_mask
             if mask is None:
                 mask = as_mask(self.call.get("attention_mask", args, kwargs), "attention_mask")
-            context = outer._replace(mask=mask, source=None)
+            context = context._replace(mask=mask, source=None)
         else:
-            context = outer._replace(mask=None, source=self._source(outer, args, kwargs))
+            context = context._replace(mask=None, source=self._source(context, args, kwargs))
         if module.training and torch.is_grad_enabled():
             route_checkpoints(module)
-        enter(context._replace(owner=module, outer=outer))
+        enter(context._replace(owner=module))
 
     def _source(self, context: RoutingContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source | None:
         generation = context.generation
@@ -233,7 +242,9 @@ class LeaveHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Leave."""
-        leave(module)
+        left = leave(module)
+        if left is not None and left.forward not in (None, current().forward):
+            left.forward.close(output)
 
 
 def install(root: nn.Module, layers: dict[str, SmearLayer], configs: list[SmearConfig]) -> None:
@@ -254,6 +265,9 @@ def install(root: nn.Module, layers: dict[str, SmearLayer], configs: list[SmearC
     for stack, kind in pairs:
         stack.register_forward_pre_hook(StackHook(stack, kind, poolings), with_kwargs=True)
         stack.register_forward_hook(LeaveHook(), always_call=True)
+    for module in root.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.register_forward_pre_hook(name_rows, with_kwargs=True)
     if callable(getattr(type(root), "generate", None)):
         root.generate = RoutedGenerate(root, hook)  # type: ignore[assignment]
 
@@ -277,4 +291,4 @@ def uninstall(root: nn.Module) -> None:
 
 
 def _is_ours(hook: Any) -> bool:
-    return isinstance(hook, RootHook | StackHook | LeaveHook) or hook is hold_statistics
+    return isinstance(hook, RootHook | StackHook | LeaveHook) or hook in (hold_statistics, name_rows)

@@ -10,10 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smear_peft.block import SmearBlock
+from smear_peft.checkpointing import refuse_lost_terms
 from smear_peft.context import RoutingContext, current
+from smear_peft.recompute import running
 
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
+    from smear_peft.mixed import MixedBatch
     from smear_peft.sites import Site
 
 
@@ -27,12 +30,16 @@ class SmearModule(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters = []
 
-    def running(self) -> list[str]:
-        """Adapters that act in this module's forward, in their order."""
+    def running(self, mixed: MixedBatch | None = None) -> list[str]:
+        """Adapters that act in this module's forward, in their order; in a mixed batch, on their rows."""
         if self.disable_adapters:
             return []
-        parts = getattr(self, self.adapter_layer_names[0])
-        return [name for name in self.active_adapters if name in parts]
+        return [name for name in (self.active_adapters if mixed is None else mixed.rows) if name in self.by_adapter]
+
+    @property
+    def by_adapter(self) -> nn.ModuleDict:
+        """What each adapter has here, by its name."""
+        return getattr(self, self.adapter_layer_names[0])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: see `SmearModel`.
@@ -87,10 +94,10 @@ class SmearLayer(SmearModule):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward with the active blocks around it; whatever else it takes is passed on."""
-        names = self.running()
+        names = self.running(current().mixed)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        context = current()
+        context = running()
         before = [name for name in names if self.block(name).site.placement == "input"]
         for name in before:
             x = self._route(name, x, context)
@@ -106,11 +113,17 @@ class SmearLayer(SmearModule):
 
     def _route(self, name: str, features: Tensor, context: RoutingContext) -> Tensor:
         block = self.block(name)
-        features, mixture, seen = block(features, context, self._override(context))
+        if context.grad and block.training and not torch.is_grad_enabled():
+            refuse_lost_terms(block)
+        inputs, rows = features, None
+        if context.mixed is not None:
+            rows = context.mixed.rows_of(name, features)
+            inputs, context = features.index_select(0, rows), context.mixed.part(context, name)
+        out, mixture, seen = block(inputs, context, self._override(context))
         if mixture is not None:
             for trace in context.traces:
                 trace.add(self, name, block, mixture, seen)
-        return features
+        return out if rows is None else features.index_copy(0, rows, out)
 
     def _override(self, context: RoutingContext) -> Callable[[str, Tensor], Tensor] | None:
         for layers, fn in reversed(context.overrides):
@@ -203,10 +216,20 @@ class SmearNorm(SmearModule):
 
         PEFT keeps adapters in float32, and a float32 norm would carry the whole model there.
         """
-        names = self.running()
+        mixed = current().mixed
+        names = self.running(mixed)
         if not names:
             return self.base_layer(*args, **kwargs)
-        out = self.smear_norm[names[-1]](*args, **kwargs)
+        if mixed is None:
+            return self._in_base_dtype(self.smear_norm[names[-1]](*args, **kwargs))
+        x, out = args[0], self.base_layer(*args, **kwargs)
+        for name in names:
+            rows = mixed.rows_of(name, x)
+            normed = self.smear_norm[name](x.index_select(0, rows), *args[1:], **kwargs)
+            out = out.index_copy(0, rows, self._in_base_dtype(normed).to(out.dtype))
+        return out
+
+    def _in_base_dtype(self, out: Tensor) -> Tensor:
         dtype = self.weight.dtype
         return out.to(dtype) if dtype in (torch.bfloat16, torch.float16) else out
 

@@ -5,22 +5,33 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smear_peft.batch_norm import hold_base_statistics
 from smear_peft.config import SmearConfig
+from smear_peft.context import current, entered
 from smear_peft.hooks import install, uninstall
-from smear_peft.layer import CANNOT_MERGE, SmearLayer, SmearModule, SmearNorm, check_one_norm
+from smear_peft.layer import CANNOT_MERGE, KNOWN_NAMES, SmearLayer, SmearModule, SmearNorm, check_one_norm
+from smear_peft.mixed import MixedBatch
 from smear_peft.sites import base_modules, describe, resolve, site_names, trained_norms
-from smear_peft.stacks import Stacks
+from smear_peft.stacks import Stacks, uncompiled
 from smear_peft.trace import routed_layers
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+OWN_NAMES = {"smear_block", "smear_norm", "base_layer", "weight", "bias", "modules_to_save"} | {
+    part for name in KNOWN_NAMES for part in f"routing.{name}".split(".")
+}
 
 
 class SmearModel(BaseTuner):
@@ -47,14 +58,18 @@ class SmearModel(BaseTuner):
         The configuration that the user gave is left as it is; the resolved copy is what the model keeps and saves.
 
         Raises:
-            ValueError: no module matches, or a site does not fit; before the model is touched.
+            ValueError: no module matches, a site does not fit, or the adapter cannot be called that; all before the
+                model is touched.
         """
         modules = base_modules(model)
         stacks = Stacks(model)
-        config = resolve(modules, cast(SmearConfig, self.peft_config[adapter_name]), stacks)
+        given = cast(SmearConfig, self.peft_config[adapter_name])
+        config = resolve(modules, given if state_dict is None else follow(given, state_dict), stacks)
         names = site_names(modules, config)
         self._sites = {name: describe(name, modules, config, stacks) for name in names}
         self._norms = set(trained_norms(modules, config))
+        self._matched = {*self._sites, *self._norms} if state_dict is None else matched_by(given, modules, stacks)
+        check_adapter_name(adapter_name, modules)
         self._reference = _reference_tensors(modules, list(self._sites))
         self._check_base(model, modules)
         self.peft_config[adapter_name] = config
@@ -65,6 +80,8 @@ class SmearModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
+        if _uncover_own_parts(model):
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._connect(model)
 
     def _check_base(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -86,7 +103,7 @@ class SmearModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         """Whether `key` is a site, or a layer norm that trains. PEFT asks for one name after another."""
-        return key in self._sites or key in self._norms
+        return uncompiled(key) in self._matched
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Nothing to do: `inject_adapter` resolved it."""
@@ -102,6 +119,7 @@ class SmearModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        current_key = uncompiled(current_key)
         if current_key in self._norms and current_key not in self._sites:
             self._wrap_norm(peft_config, adapter_name, target, target_name, parent)
             return
@@ -140,6 +158,21 @@ class SmearModel(BaseTuner):
         configs = {name: self.peft_config.get(name) for name in names}
         check_one_norm([name for name, config in configs.items() if getattr(config, "train_layer_norms", False)])
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT opens around a forward or generate: here, for batches whose rows take different adapters.
+
+        Raises:
+            ValueError: the model is in training mode, or there is no adapter of some name.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        possible = {name for _, layer in routed_layers(self.model) for name in layer.by_adapter}
+        with entered(current()._replace(owner=MixedBatch(self.model, names, possible))):
+            yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
@@ -205,6 +238,56 @@ class SmearModel(BaseTuner):
                 stacklevel=2,
             )
         return mapped
+
+
+def _uncover_own_parts(model: nn.Module) -> bool:
+    """Take PEFT's `modules_to_save` off the insides of our blocks; whether it was on any.
+
+    PEFT wraps every module whose name ends like a name in `modules_to_save`: with "norm" our norms, too.
+    """
+    own = [part for layer in model.modules() if isinstance(layer, SmearModule) for part in layer.by_adapter.modules()]
+    covered = [
+        (part, name, child.original_module)
+        for part in own
+        for name, child in part.named_children()
+        if isinstance(child, AuxiliaryTrainingWrapper)
+    ]
+    for part, name, original in covered:
+        setattr(part, name, original)
+    return bool(covered)
+
+
+def follow(config: SmearConfig, state_dict: dict[str, Tensor]) -> SmearConfig:
+    """A copy of `config` with the sites and layer norms that an adapter's tensors were saved from."""
+    sites = {uncompiled(name).partition(".smear_block.")[0] for name in state_dict if ".smear_block." in name}
+    norms = any(".smear_norm." in name for name in state_dict)
+    return replace(config, target_modules=sorted(sites), exclude_modules=None, train_layer_norms=norms)
+
+
+def matched_by(config: SmearConfig, modules: dict[str, nn.Module], stacks: Stacks) -> set[str]:
+    """Names of the sites and layer norms of `config` itself; PEFT warns where the tensors that it follows differ."""
+    try:
+        config = resolve(modules, config, stacks)
+        return {*site_names(modules, config), *trained_norms(modules, config)}
+    except ValueError:  # it fits nowhere in this model, so the tensors say all
+        return set()
+
+
+def check_adapter_name(name: str, modules: dict[str, nn.Module]) -> None:
+    """Refuse names that are also parts of parameter names.
+
+    When PEFT saves one adapter of several, it leaves out every tensor that has the name of another one in its own: with
+    an adapter called "encoder", no other adapter's tensors in the encoder would be saved.
+
+    Raises:
+        ValueError: the name is empty, has a dot, or is such a part.
+    """
+    parts = {part for module in modules for part in module.split(".")}
+    if not name or "." in name or name in parts | OWN_NAMES:
+        raise ValueError(
+            f"An adapter cannot be called {name!r}: PEFT builds parameter names with it, so it must be a name without "
+            "dots that no module or parameter has. Pass another adapter_name."
+        )
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

@@ -36,16 +36,18 @@ class Forward:
         """From now on `context` holds; keeps what a block reads of it, and no more than that alive."""
         source = None if context.source is None else context.source._replace(state=None)
         kept = context._replace(
-            owner=None, outer=None, forward=None, traces=(), generation=None, source=source, recomputed=True
+            owner=None, forward=None, traces=(), generation=None, source=source, recomputed=True
         )
         self.noted.append((torch.autograd._get_sequence_nr(), kept))
 
     def close(self, output: Any) -> None:
         """The forward is over; its record lives with the graph of its output."""
         self.end = torch.autograd._get_sequence_nr()
-        for value in output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                value.grad_fn.metadata[f"smear_peft.{id(self)}"] = self
+        parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+        for node in (part.grad_fn for part in parts if isinstance(part, Tensor)):
+            if node is not None:
+                kept: dict[Any, Any] = node.metadata  # type: ignore[assignment]
+                kept[self] = "read by smear_peft"
 
 
 def running() -> RoutingContext:

@@ -37,21 +37,31 @@ def extend_peft_type(name: str = NAME) -> PeftType:
 
 
 def register() -> None:
-    """Register SMEAR with PEFT. Called once by `import smear_peft`; calling it again does nothing.
+    """Register SMEAR with PEFT. Called by `import smear_peft`; calling it again does nothing.
+
+    When the package itself was imported afresh (a notebook's reload), its new classes take the place of the old ones.
 
     Raises:
         RuntimeError: if PEFT, or another package, already has a method called SMEAR.
     """
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # noqa: PLC0415
+    from peft.mapping import (  # noqa: PLC0415
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
     from peft.utils import register_peft_method  # noqa: PLC0415
 
     from smear_peft.config import SmearConfig  # noqa: PLC0415
     from smear_peft.model import SmearModel  # noqa: PLC0415
 
-    owner = PEFT_TYPE_TO_TUNER_MAPPING.get(extend_peft_type())
+    member = extend_peft_type()
+    owner = PEFT_TYPE_TO_TUNER_MAPPING.get(member)
     if owner is SmearModel:
         return
-    if owner is not None:
+    if owner is not None and owner.__module__ == SmearModel.__module__:
+        for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+            table.pop(member, None)
+    elif owner is not None:
         raise RuntimeError(
             f"PEFT's method {NAME} already belongs to {owner.__module__}.{owner.__name__}; smear_peft cannot share the "
             "name. Uninstall one of the two, or import only one of them in a process."

@@ -6,11 +6,18 @@ import copy
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from smear_peft.architectures import ARCHITECTURES, is_site, layer_norm_names
 from smear_peft.block import SmearBlock
@@ -27,7 +34,7 @@ class Site:
         name: dotted name in the base model before injection.
         module_type: class name of the wrapped module.
         width: D, channels of the features that the block sees.
-        feature_map: whether the channels are at dimension 1 of a 4-D tensor (B, D, H, W), and not last.
+        feature_map: whether the channels are at dimension 1, as in (B, D, L) or (B, D, H, W), and not last.
         placement: "input" or "output" of the wrapped module.
         norm: "post_layer_norm", "pre_batch_norm" or "none".
         stack: "encoder" or "decoder" of an encoder-decoder model, None in any other.
@@ -70,9 +77,12 @@ def list_sites(model: nn.Module, config: SmearConfig | None = None) -> list[Site
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that carries the hooks: what a PeftModel wraps, or the model itself."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+    """The model that carries the hooks: what PEFT, torch.compile and data parallelism wrap, or the model itself."""
+    inner: Any = model
+    while isinstance(inner, DataParallel | DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, DataParallel | DistributedDataParallel) else inner._orig_mod
+    unwrap = getattr(inner, "get_base_model", None)
+    return unwrap() if callable(unwrap) else inner
 
 
 def base_modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -84,6 +94,7 @@ def base_modules(root: nn.Module) -> dict[str, nn.Module]:
             module = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             module = module.original_module
+        module = getattr(module, "_orig_mod", module)  # under torch.compile
         modules[name] = module
         for child_name, child in module.named_children():
             walk(f"{name}.{child_name}" if name else child_name, child)
@@ -96,7 +107,8 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
     """`config` with `target_modules` and `train_layer_norms` filled in for this model; `config` itself is unchanged.
 
     Raises:
-        ValueError: `target_modules` is None and the model has no row in `ARCHITECTURES`, or a field means nothing.
+        ValueError: `target_modules` is None and the model has no row in `ARCHITECTURES`, or a field means
+            nothing here.
     """
     config = copy.deepcopy(config)
     config.check()
@@ -107,9 +119,40 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
         if not names:
             raise ValueError(_nothing_found(modules, "None"))
         config.target_modules = _shortest(names, modules, config)
+    elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = _shortest(_all_linear(modules, config), modules, config)
     if config.train_layer_norms is None:
         config.train_layer_norms = bool(layer_norm_names(modules))
+    if config.task_type in LATE_HEADS:
+        wanted = [*(config.modules_to_save or ()), *LATE_HEADS[config.task_type]]
+        config.modules_to_save = list(dict.fromkeys(wanted))
+    _check_saved_modules(modules, config)
     return config
+
+
+PEFT_HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save by the task, there or not
+# For these tasks PEFT adds them only after the injection, to the user's config and not to the resolved copy.
+LATE_HEADS = {TaskType.TOKEN_CLS: PEFT_HEADS[:2], TaskType.QUESTION_ANS: PEFT_HEADS[2:]}
+
+
+def _check_saved_modules(modules: dict[str, nn.Module], config: SmearConfig) -> None:
+    for wanted in config.modules_to_save or ():
+        if wanted not in PEFT_HEADS and not any(name.endswith(wanted) for name in modules):
+            children = [name for name in modules if name and "." not in name]
+            raise ValueError(
+                f"modules_to_save names {wanted!r}, but no module of this model is called that. Found at the top: "
+                f"{', '.join(children)}."
+            )
+
+
+def _all_linear(modules: dict[str, nn.Module], config: SmearConfig) -> list[str]:
+    """What PEFT's shorthand `target_modules="all-linear"` means: every linear layer but the model's head."""
+    root = modules[""]
+    head = root.get_output_embeddings() if isinstance(root, PreTrainedModel) else None
+    heads = set(head.modules()) if head is not None else set()
+    if not heads and config.task_type == TaskType.SEQ_CLS:
+        heads = {modules[name] for name in SEQ_CLS_HEAD_NAMES if name in modules}
+    return [name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m not in heads]
 
 
 def trained_norms(modules: dict[str, nn.Module], config: SmearConfig) -> list[str]:
@@ -157,14 +200,14 @@ def _nothing_found(modules: dict[str, nn.Module], wanted: str, config: SmearConf
     narrowed = [
         f"{name}={getattr(config, name)!r}"
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        if config is not None and getattr(config, name)
+        if config is not None and getattr(config, name) not in (None, [], "")
     ]
     sized = (name for name, kind in leaves if kind.startswith(("Linear", "Conv")) and not name.isdigit())
     example = next(sized, "proj")
     extra = f" (with {', '.join(narrowed)})" if narrowed else ""
     return (
         f"target_modules={wanted}{extra} matches no module of this model. Families with sites of their own: "
-        f"{families}. For any other model name the modules to wrap, for example target_modules=['{example}']. "
+        f"{families}. Please specify `target_modules`, for example target_modules=['{example}']. "
         f"Found: {found or 'no modules'}."
     )
 
@@ -234,7 +277,7 @@ def _own_width(module: nn.Module) -> tuple[int, bool] | None:
     for attribute in WIDTHS:
         width = getattr(module, attribute, None)
         if isinstance(width, int):
-            return width, isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d)
+            return width, isinstance(module, nn.modules.conv._ConvNd | nn.BatchNorm2d | nn.BatchNorm3d)
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and len(shape) == 1:
         return shape[0], False

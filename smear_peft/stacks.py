@@ -23,7 +23,7 @@ class Stacks:
     def __init__(self, root: nn.Module) -> None:
         pair = _declared_pair(root) or _named_pair(root) or ()
         self.named: list[tuple[nn.Module, str]] = list(zip(pair, ("encoder", "decoder"), strict=False))
-        names = {id(module): name for name, module in root.named_modules()}
+        names = {id(module): uncompiled(name) for name, module in root.named_modules()}
         self._prefixes = [(names[id(m)] + ".", kind) for m, kind in self.named if id(m) in names]
         self.causal = not pair and _is_causal(root)
 
@@ -38,6 +38,11 @@ class Stacks:
             f"{name} lies outside the encoder and the decoder, so its router has nothing to look at; leave it out of "
             "target_modules."
         )
+
+
+def uncompiled(name: str) -> str:
+    """A module's name without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "")
 
 
 def _declared_pair(root: Any) -> tuple[nn.Module, nn.Module] | None:

@@ -85,6 +85,21 @@ def active_adapters(model: nn.Module) -> list[str]:
     return list(names)
 
 
+def check_routed(root: nn.Module, adapter: str | None = None) -> None:
+    """A model that is to be traced or overridden must have routed layers, with that adapter if one is named.
+
+    Raises:
+        ValueError: it does not.
+    """
+    names: dict[str, None] = {}
+    for _, layer in routed_layers(root):
+        names.update(dict.fromkeys(layer.smear_block))
+    if not names:
+        raise ValueError("This model has no SMEAR adapter; give it one with peft.get_peft_model.")
+    if adapter is not None and adapter not in names:
+        raise ValueError(f"This model has no SMEAR adapter {adapter!r}; it has {', '.join(names)}.")
+
+
 @contextmanager
 def trace(model: nn.Module, adapter: str | None = None) -> Iterator[Trace]:
     """Record what the routers of `model` do inside the `with` block.
@@ -103,11 +118,10 @@ def trace(model: nn.Module, adapter: str | None = None) -> Iterator[Trace]:
         adapter: which adapter to record; needed when several are active.
 
     Raises:
-        ValueError: the model has no routed layer, or several active adapters and none was named.
+        ValueError: the model has no routed layer, no adapter of that name, or several active ones and none was named.
     """
     root = base_model(model)
-    if not any(True for _ in routed_layers(root)):
-        raise ValueError("This model has no SMEAR adapter to trace; give it one with peft.get_peft_model.")
+    check_routed(root, adapter)
     active = active_adapters(root)
     if adapter is None and len(active) > 1:
         raise ValueError(
@@ -115,7 +129,7 @@ def trace(model: nn.Module, adapter: str | None = None) -> Iterator[Trace]:
         )
     routes = Trace(root, adapter)
     outer = current()
-    with entered(outer._replace(owner=routes, outer=outer, traces=(*outer.traces, routes))):
+    with entered(outer._replace(owner=routes, traces=(*outer.traces, routes))):
         yield routes
 
 
@@ -132,9 +146,11 @@ def override_routes(model: nn.Module, fn: Callable[[str, Tensor], Tensor]) -> It
         fn: given the site's name and its weights, returns weights of the same shape.
 
     Raises:
-        ValueError: `fn` returned another shape, or the method has no such weights (soft_moe); raised by the forward.
+        ValueError: the model has no routed layer; or, raised by the forward, `fn` returned another shape, or the method
+            has no such weights (soft_moe).
     """
+    check_routed(base_model(model))
     layers = frozenset(id(layer) for _, layer in routed_layers(base_model(model)))
     outer = current()
-    with entered(outer._replace(owner=fn, outer=outer, overrides=(*outer.overrides, (layers, fn)))):
+    with entered(outer._replace(owner=fn, overrides=(*outer.overrides, (layers, fn)))):
         yield

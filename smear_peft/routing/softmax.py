@@ -75,7 +75,7 @@ class SoftmaxRouter(Router):
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
-        self.expert_dropout = config.dropout()
+        self.expert_dropout = config.dropout_probability()
         self.router = SoftmaxGate(site.width, config.num_experts)
 
     def reset_parameters(self, config: SmearConfig) -> None:

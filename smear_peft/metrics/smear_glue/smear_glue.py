@@ -1,7 +1,8 @@
 """GLUE's metrics, number for number those of `evaluate.load("glue", task)`, loaded by path and without a network.
 
 Two things go beyond it, both for models that answer in words: a prediction that is no label (-1) is a wrong one for
-accuracy, F1 and Matthews' correlation alike, and values are kept in float64.
+accuracy, F1 and Matthews' correlation alike, and scores stay in float64 (`datasets` hands out numpy arrays in float32,
+so this module asks for lists).
 """
 
 from collections.abc import Callable, Sequence
@@ -122,9 +123,8 @@ class SmearGlue(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features({"predictions": value, "references": value}),
-            format="numpy",
             reference_urls=["https://gluebenchmark.com"],
         )
 
-    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
         return glue_metrics(self.config_name, predictions, references)
