@@ -16,7 +16,8 @@ from smear_peft.loading import load  # noqa: E402
 from smear_peft.model import SmearModel  # noqa: E402
 from smear_peft.objective import auxiliary_loss, routed_loss  # noqa: E402
 from smear_peft.routing import ROUTINGS  # noqa: E402
-from smear_peft.sites import Site, list_sites  # noqa: E402
+from smear_peft.site import Site  # noqa: E402
+from smear_peft.sites import list_sites  # noqa: E402
 from smear_peft.temperature import parameter_groups, set_temperature, temperature_at  # noqa: E402
 from smear_peft.trace import Trace, override_routes, trace  # noqa: E402
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from smear_peft.config import SmearConfig
-    from smear_peft.sites import Site
+    from smear_peft.site import Site
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -182,7 +182,7 @@ class SmearBlock(nn.Module):
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
     def _added(self, update: Tensor, features: Tensor) -> Tensor:
-        """features + update, the update (B, L, D) in the features' shape and dtype.
+        """The features plus the update (B, L, D), in the features' shape and dtype.
 
         In place on the update: it is this block's own, and no backward formula here needs it.
         """

@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from smear_peft.registration import extend_peft_type
+from smear_peft.routing import get_method
 
 MAX_EXPERTS = 4096
 MAX_WIDTH = 2**20  # of an expert, and slots; above it a file is broken, or means harm
@@ -132,8 +133,6 @@ class SmearConfig(PeftConfig):
         self._check_types()
         self._check_values()
         self._check_tasks()
-        from smear_peft.routing import get_method  # noqa: PLC0415 (the registry imports the routers, they import us)
-
         get_method(self.routing).check(self)
 
     def _normalise(self) -> None:
@@ -290,7 +289,5 @@ class SmearConfig(PeftConfig):
 
     def dropout_probability(self) -> float:
         """`expert_dropout`, with None replaced by the method's own default."""
-        from smear_peft.routing import get_method  # noqa: PLC0415
-
         default = get_method(self.routing).expert_dropout
         return default if self.expert_dropout is None else float(self.expert_dropout)

@@ -94,8 +94,7 @@ def current() -> RoutingContext:
 def enter(context: RoutingContext) -> None:
     """Make `context`, a forward's, the current one."""
     _FORWARDS.contexts.append(context)
-    if context.forward is not None:
-        context.forward.note(context)
+    _note(context)
 
 
 def leave(owner: Any) -> RoutingContext | None:
@@ -104,9 +103,14 @@ def leave(owner: Any) -> RoutingContext | None:
     if not contexts or contexts[-1].owner is not owner:
         return None
     left = contexts.pop()
-    if contexts and contexts[-1].forward is not None:
-        contexts[-1].forward.note(contexts[-1])
+    if contexts:
+        _note(contexts[-1])
     return left
+
+
+def _note(context: RoutingContext) -> None:
+    if context.forward is not None and not torch.compiler.is_compiling():
+        context.forward.note(context)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class Generation:
         self.rows = rows
         self.source: Source | None = None
         self._encoder_outputs: Any = None
-        self._plans: dict[SmearBlock, tuple[tuple[Any, ...], Mixture, Expert | None]] = {}
+        self._plans: dict[SmearBlock, tuple[tuple[Any, ...] | None, Mixture, Expert | None]] = {}
 
     def is_step(self, encoder_outputs: Any) -> bool:
         """Whether a forward that got these encoder outputs is a step of this call.
@@ -45,16 +45,20 @@ class Generation:
         return self._encoder_outputs is encoder_outputs
 
     def recall(self, block: SmearBlock) -> tuple[Mixture, Expert | None] | None:
-        """What `keep` kept for a block, unless its weights or its mode have changed since."""
+        """What `keep` kept for a block, unless its weights or its mode have changed since.
+
+        A compiled step cannot see that: who compiles decoding leaves the weights alone until it is over.
+        """
         kept = self._plans.get(block)
-        if kept is None or kept[0] != _version(block):
+        if kept is None or (not torch.compiler.is_compiling() and kept[0] != _version(block)):
             return None
         return kept[1], kept[2]
 
     def keep(self, block: SmearBlock, mixture: Mixture, expert: Expert | None) -> None:
         """Keep a block's mixture and selected parameters for the steps to come; not where gradients are wanted."""
         if not torch.is_grad_enabled():
-            self._plans[block] = (_version(block), mixture, expert)
+            version = None if torch.compiler.is_compiling() else _version(block)
+            self._plans[block] = (version, mixture, expert)
 
     def first_beams(self, x: Tensor) -> Tensor:
         """(B * beams, ...) -> (B, ...): rows of one source are neighbours and equal."""

@@ -17,7 +17,7 @@ from smear_peft.recompute import running
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
     from smear_peft.mixed import MixedBatch
-    from smear_peft.sites import Site
+    from smear_peft.site import Site
 
 
 class SmearModule(nn.Module, BaseTunerLayer):

@@ -13,7 +13,7 @@ from smear_peft.routing.mixture import Mixture
 
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
-    from smear_peft.sites import Site
+    from smear_peft.site import Site
 
 
 class Query(NamedTuple):

@@ -15,7 +15,7 @@ from smear_peft.routing.softmax import LAYER_NORM_EPS
 
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
-    from smear_peft.sites import Site
+    from smear_peft.site import Site
 
 
 class InputNorm(nn.Module):

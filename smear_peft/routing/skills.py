@@ -12,7 +12,7 @@ from smear_peft.routing.mixture import Mixture
 
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
-    from smear_peft.sites import Site
+    from smear_peft.site import Site
 
 
 def check_skills(config: SmearConfig) -> None:

@@ -13,7 +13,7 @@ from smear_peft.routing.mixture import Mixture, Use
 
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
-    from smear_peft.sites import Site
+    from smear_peft.site import Site
 
 LAYER_NORM_EPS = 1e-5
 ROW_GAIN = 0.01
