@@ -184,11 +184,13 @@ class SmearBlock(nn.Module):
     def _added(self, update: Tensor, features: Tensor) -> Tensor:
         """The features plus the update (B, L, D), in the features' shape and dtype.
 
-        In place on the update: it is this block's own, and no backward formula here needs it.
+        In place on the update where no gradient is wanted: it is this block's own. (With gradients it may be a view, and
+        autograd copies what it writes through a view.)
         """
         if self.site.feature_map:
             update = update.mT.unflatten(2, features.shape[2:])
-        return update.reshape(features.shape).to(features.dtype).add_(features)
+        update = update.reshape(features.shape).to(features.dtype)
+        return features + update if torch.is_grad_enabled() else update.add_(features)
 
     def to_float(self, device: torch.device | None, dtype: torch.dtype) -> SmearBlock:
         """Move parameters to a device (None: they stay) and dtype; running statistics stay in at least float32."""

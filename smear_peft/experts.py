@@ -213,8 +213,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _shared(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(R, L, i) by one (i, o), plus bias (o,): (R, L, o) in the memory layout of x.
 
-    Spelled out, because `matmul` takes another path, with other rounding, for a weight that requires a gradient: a model
-    would not answer bit for bit what its frozen reload answers.
+    Spelled out, because `matmul` takes another path, with other rounding, for a weight that requires a gradient: a
+    model would not answer bit for bit what its frozen reload answers.
     """
     if _is_channels_first(x):
         product = torch.bmm(weight.mT.expand(x.shape[0], -1, -1), x.mT).mT

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -101,9 +101,15 @@ class SmearModel(BaseTuner):
             trained = [name for config in configs for name in config.modules_to_save or ()]
             hold_base_statistics(model, lambda name: any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in trained))
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
-        """Whether `key` is a site, or a layer norm that trains. PEFT asks for one name after another."""
-        return uncompiled(key) in self._matched
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        """Whether `key` is a site, or a layer norm that trains. PEFT asks for one name after another.
+
+        For an excluded module PEFT wants its own kind of False: without one it warns that nothing was excluded.
+        """
+        if (key := uncompiled(key)) in self._matched:
+            return True
+        result = check_target_module_exists(peft_config, key)
+        return False if result else result
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Nothing to do: `inject_adapter` resolved it."""

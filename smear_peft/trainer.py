@@ -127,6 +127,17 @@ class SmearTrainer(Trainer):
         if not any(isinstance(callback, TemperatureCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(TemperatureCallback())
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's accelerator, which does not look for unused parameters unless `ddp_find_unused_parameters` says so.
+
+        Every method uses all of its parameters. The look starts from the model's output, where the parameters behind
+        REINFORCE's terms are not to be seen, and DDP would then fail on their gradients.
+        """
+        super().create_accelerator_and_postprocess()
+        handler = getattr(self.accelerator, "ddp_handler", None)
+        if handler is not None and self.args.ddp_find_unused_parameters is None:
+            handler.find_unused_parameters = False
+
     def compute_loss(
         self,
         model: nn.Module,

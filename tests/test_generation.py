@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BartConfig, BartForConditionalGeneration
 
 from smear_peft import ROUTINGS, SmearConfig, SmearLayer, trace
 
@@ -211,3 +212,28 @@ def test_adapters_beside_each_other_generate_as_their_forward_says():
     expected, expected_logits = generate(model, remember=False, **sources(), num_beams=2)
     assert torch.equal(tokens, expected)
     close(logits, expected_logits)
+
+
+@pytest.mark.parametrize("routed_assistant", [True, False])
+def test_assisted_generation(routed_assistant):
+    model, batch = routed(), sources(1)
+    assistant = routed(seed=3).get_base_model() if routed_assistant else tiny_t5(seed=3)
+    expected, _ = generate(model, **batch)
+    assert torch.equal(generate(model, **batch, assistant_model=assistant)[0], expected)
+
+
+def test_another_encoder_decoder_model_by_target_modules():
+    size = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
+    heads = {
+        f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("attention_heads", 2), ("ffn_dim", 24))
+    }
+    base = BartForConditionalGeneration(BartConfig(**size, **heads, forced_eos_token_id=None)).eval()
+    model = routed(base, target_modules=["fc2"])
+    batch = {"input_ids": torch.randint(4, 40, (3, 7)), "attention_mask": sources()["attention_mask"]}
+    for how in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}):
+        with router_calls(model) as calls:
+            tokens, logits = generate(model, **batch, **how)
+        assert all(rows == [3] for rows in calls.values())
+        expected, expected_logits = generate(model, remember=False, **batch, **how)
+        assert torch.equal(tokens, expected)
+        close(logits, expected_logits)

@@ -14,7 +14,7 @@ from .models import t5_batch, tiny_t5
 from .routed import close, extras, routed
 
 ROUTINGS = ["smear", "ensemble", "top_k", "dselect_k", "soft_moe", "tag", "hash", "latent_skills"]
-quick = settings(deadline=None, derandomize=True, max_examples=12)
+quick = settings(deadline=None, derandomize=True, max_examples=8)
 sources = st.lists(st.lists(st.integers(2, 63), min_size=1, max_size=7), min_size=1, max_size=4)
 sides = st.lists(st.booleans(), min_size=4, max_size=4)
 

@@ -130,6 +130,7 @@ def test_inject_adapter_in_model(saved):
                  tensors["base_model.model.decoder.final_layer_norm.smear_norm.weight"])  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:While injecting:RuntimeWarning")
 @pytest.mark.parametrize(
     ("saved_with", "injected_with"),
     [

@@ -1,5 +1,7 @@
 """Where blocks go: counts, widths and sides for the families that have a table, `target_modules` for the rest."""
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -148,6 +150,16 @@ def test_exclude_modules():
         "layer2.0.act2",
         "layer4.0.act2",
     ]
+
+
+def test_peft_warns_of_exclusions_that_exclude_nothing_and_of_no_others():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(tiny_resnet(), SmearConfig(exclude_modules=["layer1.0.act2"]))
+    assert [str(w.message) for w in caught if "exclude" in str(w.message)] == []
+    assert list_sites(model, model.peft_config["default"])[0].name == "layer2.0.act2"
+    with pytest.warns(UserWarning, match="exclude_modules"):
+        get_peft_model(tiny_resnet(), SmearConfig(exclude_modules=["layer9.0.act2"]))
 
 
 @pytest.mark.parametrize("fields", [{}, {"routing": "soft_moe"}, {"target_modules": ["wo"]}])

@@ -22,7 +22,7 @@ CALLS = 120
 def eager_switching() -> Iterator[None]:
     """Let threads take turns as often as Python allows, so that a mix-up would show."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
 

@@ -1,0 +1,45 @@
+"""A T5-GLUE job that takes seconds, for tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SMALL: dict[str, Any] = {
+    "dataset": "tiny",
+    "tasks": ["rte", "cola", "stsb"],
+    "templates_dir": str(ROOT / "recipes" / "templates"),
+    "base": "random",
+    "base_config": {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2},
+    "tokenizer": "words",
+    "num_experts": 4,
+    "bottleneck_dim": 8,
+    "adapter_options": {"modules_to_save": ["lm_head"]},
+    "total_batch_size": 8,
+    "max_steps": 24,
+    "warmup_steps": 2,
+    "learning_rate": 0.03,
+    "eval_steps": 8,
+    "save_steps": 8,
+    "logging_steps": 8,
+    "per_device_eval_batch_size": 7,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+# Nothing random in a step, so that one and two processes, or one and two batches, can be compared.
+NO_DROPOUT: dict[str, Any] = {"dropout_rate": 0.0, "expert_dropout": 0.0}
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line."""
+    line: list[str] = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        line += [f"--{name}", *map(str, values)]
+    return line
+
+
+def command(folder: Path, **changes: Any) -> list[str]:
+    """The small job's command line, with changes; None leaves a setting out."""
+    settings = {**SMALL, "output_dir": str(folder), **changes}
+    return words({name: value for name, value in settings.items() if value is not None})

@@ -1,0 +1,145 @@
+"""Gradient checkpointing that is not transformers' own: which forward a recomputation belongs to."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from peft import get_peft_model
+from timm.layers import set_reentrant_ckpt
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from smear_peft import ROUTINGS, SmearConfig, override_routes, routed_loss
+from smear_peft.recompute import _FORWARDS
+
+from .models import images, tiny_resnet
+from .routed import close, enliven, extras, routed
+
+LABELS = torch.tensor([0, 1, 2])
+
+
+@pytest.fixture(params=[False, True], ids=["non-reentrant", "reentrant"])
+def reentrant(request):
+    """timm's own switch."""
+    set_reentrant_ckpt(request.param)
+    yield request.param
+    set_reentrant_ckpt(False)
+
+
+def loss_of(logits: Tensor, batch: dict) -> Tensor:
+    return F.cross_entropy(logits, LABELS, reduction="none")
+
+
+def step(model: nn.Module, routing: str, pixels: Tensor) -> dict[str, Tensor]:
+    """Two forwards of the same images with other tags, one backward; gradients and buffers afterwards."""
+    torch.manual_seed(3)
+    more = extras(routing, 3)
+    batches = [{"x": pixels, **more}, {"x": pixels, **{name: (value + 1) % 3 for name, value in more.items()}}]
+    losses = [routed_loss(model, batch, loss_of)[0] for batch in batches]
+    (losses[0] + 2 * losses[1]).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_timm_gives_the_same_gradients_and_updates_statistics_once(routing, reentrant):
+    pixels = images().requires_grad_(reentrant)  # re-entrant checkpointing needs an input with a gradient
+    plain, saving = (routed(tiny_resnet(), routing=routing).train() for _ in range(2))
+    saving.set_grad_checkpointing(True)
+    if reentrant and routing in ("reinforce", "dselect_k"):
+        with pytest.raises(ValueError, match=rf"{routing!r} has auxiliary terms.*'use_reentrant': False"):
+            step(saving, routing, pixels)
+        return
+    expected, found = step(plain, routing, pixels), step(saving, routing, pixels)
+    assert found.keys() == expected.keys()
+    moved = [name for name in found if name.endswith("norm.running_mean") and found[name].abs().max() > 0]
+    assert len(moved) == 4
+    for name, value in found.items():
+        close(value, expected[name])
+
+
+def test_balance_weight_is_refused_where_it_would_lose_its_gradient():
+    set_reentrant_ckpt(True)
+    try:
+        model = routed(tiny_resnet(), balance_weight=0.1).train()
+        model.set_grad_checkpointing(True)
+        with pytest.raises(ValueError, match="'use_reentrant': False"):
+            routed_loss(model, {"x": images().requires_grad_()}, loss_of)
+    finally:
+        set_reentrant_ckpt(False)
+
+
+class Chain(nn.Module):
+    """A root of one's own that checkpoints a part in its own way, with operations around the routed site."""
+
+    def __init__(self, saving: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.saving = saving
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(torch.sin(x)))) * 2
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=False) if self.saving else self.part(x)
+
+
+def chain(saving: bool, **fields) -> nn.Module:
+    settings = {"target_modules": ["first"], "num_experts": 3, "bottleneck_dim": 4, "expert_dropout": 0.0}
+    return enliven(get_peft_model(Chain(saving), SmearConfig(**{**settings, **fields}))).train()
+
+
+def test_masks_and_overrides_are_those_of_the_forward():
+    x, mask = torch.randn(3, 5, 8), torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+    found = []
+    for saving in (False, True):
+        model = chain(saving)
+        masked = model(x, attention_mask=mask)
+        with override_routes(model, lambda _, weights: weights.flip(-1)):
+            overridden = model(x)
+        (masked.sum() + overridden.square().sum()).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+
+
+def test_a_whole_model_that_is_checkpointed():
+    x, found = torch.randn(3, 5, 8), []
+    for saving in (False, True):
+        model = chain(False, routing="tag")
+        calls = [lambda y, tags=tags, model=model: model(y, routing_tags=tags) for tags in ([0, 1, 2], [2, 2, 0])]
+        outs = [checkpoint(call, x, use_reentrant=False) if saving else call(x) for call in calls]
+        (outs[0].sum() + outs[1].square().sum()).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+
+
+def test_nothing_outlives_the_graph():
+    gc.collect()
+    before = len(_FORWARDS)
+    model = chain(True, routing="tag")
+    out = model(torch.randn(2, 5, 8), routing_tags=[0, 1])
+    with torch.no_grad():
+        model(torch.randn(2, 5, 8), routing_tags=[0, 1])
+    assert len(_FORWARDS) == before + 1
+    out.sum().backward()
+    del out
+    gc.collect()
+    assert len(_FORWARDS) == before
+
+
+def test_forwards_of_two_threads_are_not_mixed_up():
+    """Autograd counts per thread, so a recomputation may fit a forward of each; that is an error, never a guess."""
+    model, outs, x = chain(True, routing="tag"), [], torch.randn(2, 5, 8)
+    threads = [
+        threading.Thread(target=lambda tags=tags: outs.append(model(x, routing_tags=tags))) for tags in ([0, 1], [1, 2])
+    ]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    with pytest.raises(ValueError, match="train in one thread per process"):
+        sum(out.sum() for out in outs).backward()
