@@ -1,44 +1,47 @@
-# `make demo` and `make test` do everything that a fresh machine needs: a virtual environment, the installation, the job.
+# `make demo` and `make test` do everything that a fresh machine needs: a virtual environment in .venv, the packages, the job.
 
-VENV ?= .venv
 PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
 
-# Waiting threads sleep: with other work on the same cores, spinning ones make torch hundreds of times slower.
+# Waiting threads that spin slow a busy machine down by orders of magnitude; torch reads this when it starts.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-slow lint clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint pacs clean
 
-help:
-	@echo "make demo       train SMEAR on handwritten digits in six domains, draw its routes (minutes, no download)"
-	@echo "make test       run the tests"
-	@echo "make test-slow  run the tests that take minutes each"
-	@echo "make lint       ruff and mypy"
-	@echo "make clean      remove the virtual environment"
-	@echo "Everything lives in $(VENV) (VENV=... for another place, PYTHON=... for another Python, 3.11 to 3.13)."
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
 
-# The stamp is touched last, so that a broken installation is made again. promptsource cannot be installed the usual way
-# on Python 3.10 or newer; only its template files are read, and everything else works without it.
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -e '.[vision,recipes,dev]'
-	-$(PY) -m pip install -q --no-deps --ignore-requires-python promptsource==0.2.3
-	touch $@
+demo: $(INSTALLED)  ## train, score, draw and reload SMEAR on handwritten digits in six domains (2 minutes)
+	$(PY) -m recipes.demo $(ARGS)
 
-demo: $(STAMP)
-	$(PY) -m recipes.demo
+test: $(INSTALLED)  ## run the tests, but for the slow ones; ARGS="tests/recipes -k digits" chooses
+	$(PY) -m pytest -q $(ARGS)
 
-test: $(STAMP)
-	$(PY) -m pytest -q
+lint: $(INSTALLED_DEV)  ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
-test-slow: $(STAMP)
-	$(PY) -m pytest -q -m slow
+pacs: $(INSTALLED)  ## the comparison on real images (an hour; needs the data, see recipes/pacs.py)
+	$(PY) -m recipes.pacs --config recipes/configs/pacs_readme.yaml $(ARGS)
 
-lint: $(STAMP)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
-
-clean:
+clean:  ## remove the virtual environment
 	rm -rf $(VENV)
+
+# The stamp is written last, so that an installation that was broken off is done again.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not " + sys.version.split()[0] + "; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -e '.[vision,recipes,test]'
+	@echo "promptsource refuses Python 3.10 and newer, but only its template files are read, so it is installed all the same:"
+	-$(PY) -m pip install -q --disable-pip-version-check --no-deps --ignore-requires-python promptsource==0.2.3
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
