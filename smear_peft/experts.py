@@ -27,6 +27,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Numbers that could be copied in the time that one more group's calls take (measured on a CPU; see `_grouping_pays`).
+CALLS_OF_A_GROUP = 2**17
+
+
 class Expert(NamedTuple):
     """Parameters to run: one expert per row, or a single one for all rows.
 
@@ -130,9 +134,10 @@ class BottleneckExperts(nn.Module):
         counts = torch.bincount(chosen, minlength=self.down.weight.shape[0]).tolist()
         pieces = tokens.index_select(0, order).split(counts)
         experts = zip(*(theta.to(tokens.dtype).unbind(0) for theta in self._stacked()), strict=True)
+        act = ACTIVATIONS[self.activation]
         outputs = [
-            self.run(piece, Expert(*(theta.unsqueeze(0) for theta in expert)))
-            for piece, expert in zip(pieces, experts, strict=True)
+            _shared(act(_shared(piece, down, bias)), up)
+            for piece, (down, bias, up) in zip(pieces, experts, strict=True)
             if piece.shape[0]
         ]
         return torch.cat(outputs).index_select(0, order.argsort())
@@ -181,8 +186,14 @@ class BottleneckExperts(nn.Module):
         return total
 
     def _grouping_pays(self, tokens: Tensor) -> bool:
-        """Grouping moves L D numbers a row twice, gathering 2 D r: group when L < r, and never inside a graph."""
-        return tokens.shape[1] < self.down.weight.shape[2] and not torch.compiler.is_compiling()
+        """Grouping moves L D numbers of a row twice, gathering copies 2 D r for it; but each group costs some calls.
+
+        Never inside a graph, where the groups' sizes would have to be known.
+        """
+        rows, length, width = tokens.shape
+        experts, _, bottleneck = self.down.weight.shape
+        saved = 2 * rows * width * (bottleneck - length)
+        return saved > experts * CALLS_OF_A_GROUP and not torch.compiler.is_compiling()
 
     def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.down.bias is not None

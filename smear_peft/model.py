@@ -22,7 +22,7 @@ from smear_peft.context import current, entered
 from smear_peft.hooks import install, uninstall
 from smear_peft.layer import CANNOT_MERGE, KNOWN_NAMES, SmearLayer, SmearModule, SmearNorm, check_one_norm
 from smear_peft.mixed import MixedBatch
-from smear_peft.sites import base_modules, describe, resolve, site_names, trained_norms
+from smear_peft.sites import base_model, base_modules, describe, resolve, site_names, trained_norms
 from smear_peft.stacks import Stacks, uncompiled
 from smear_peft.trace import routed_layers
 
@@ -62,7 +62,7 @@ class SmearModel(BaseTuner):
                 model is touched.
         """
         modules = base_modules(model)
-        stacks = Stacks(model)
+        stacks = Stacks(base_model(model))
         given = cast(SmearConfig, self.peft_config[adapter_name])
         config = resolve(modules, given if state_dict is None else follow(given, state_dict), stacks)
         names = site_names(modules, config)
@@ -95,6 +95,7 @@ class SmearModel(BaseTuner):
             )
 
     def _connect(self, model: nn.Module) -> None:
+        model = base_model(model)  # torch.compile traces the hooks of what it wraps
         configs = [c for c in self.peft_config.values() if isinstance(c, SmearConfig)]
         install(model, dict(routed_layers(model)), configs)
         if configs and all(config.base_batch_norm == "frozen" for config in configs):
@@ -177,7 +178,7 @@ class SmearModel(BaseTuner):
             yield
             return
         possible = {name for _, layer in routed_layers(self.model) for name in layer.by_adapter}
-        with entered(current()._replace(owner=MixedBatch(self.model, names, possible))):
+        with entered(current()._replace(owner=MixedBatch(base_model(self.model), names, possible))):
             yield
 
     def _check_merge_allowed(self) -> None:

@@ -237,3 +237,17 @@ def test_another_encoder_decoder_model_by_target_modules():
         expected, expected_logits = generate(model, remember=False, **batch, **how)
         assert torch.equal(tokens, expected)
         close(logits, expected_logits)
+
+
+@pytest.mark.parametrize("routing", ["smear", "ensemble", "top_k"])
+@pytest.mark.parametrize("way", ["autocast", "bfloat16 base", "all bfloat16", "inference mode"])
+def test_in_low_precision_and_in_inference_mode(routing, way):
+    model = routed(tiny_t5().bfloat16() if "bfloat16" in way else None, routing=routing)
+    if way == "all bfloat16":
+        model.bfloat16()
+    mode = torch.autocast("cpu", torch.bfloat16) if way == "autocast" else torch.inference_mode(way == "inference mode")
+    with mode:
+        tokens, logits = generate(model, **sources(), num_beams=2)
+        expected, expected_logits = generate(model, remember=False, **sources(), num_beams=2)
+    assert torch.equal(tokens, expected)
+    close(logits.float(), expected_logits.float(), 1e-5 if way == "inference mode" else 1e-2)

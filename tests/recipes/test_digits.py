@@ -1,52 +1,64 @@
-"""The built-in digits: real, deterministic, six domains that differ, no digit in two splits."""
+"""Six domains of handwritten digits: deterministic, visibly different, and no digit in two splits."""
 
+import pytest
 import torch
 
 from recipes import digits
+from recipes.image_set import Splits
 
 
-def test_deterministic():
-    first, second = digits.load_splits(), digits.load_splits()
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert a.names == b.names
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return digits.load_splits()
 
 
-def test_six_domains_of_every_digit():
-    data = digits.load_splits()
-    assert len(data.train.domain_names) == 6
-    total = 0
-    for part in data:
-        counts = part.domains.bincount(minlength=6).tolist()
-        assert len(set(counts)) == 1
-        total += counts[0]
-        assert part.images.shape[1:] == (3, 32, 32)
+def digits_of(part) -> set[str]:
+    return {name.rpartition("/")[2] for name in part.names}
+
+
+def test_each_split_has_all_its_digits_in_all_six_domains(splits):
+    for part in splits:
+        assert part.domain_names == list(digits.DOMAINS)
+        assert len(part) == 6 * len(digits_of(part))
+        assert torch.bincount(part.domains).tolist() == [len(digits_of(part))] * 6
+        assert part.images.shape[1:] == (3, digits.SIZE, digits.SIZE)
         assert part.images.dtype == torch.uint8
-        assert set(part.labels.tolist()) == set(range(10))
-    assert total == 1797  # all of scikit-learn's
 
 
-def test_no_digit_is_in_two_splits():
-    data = digits.load_splits()
-    plain = [part.only("plain").images.flatten(1) for part in data]
-    for i, part in enumerate(plain):
-        for other in plain[i + 1 :]:
-            rows = {row.numpy().tobytes() for row in part}
-            assert rows.isdisjoint(row.numpy().tobytes() for row in other)
+def test_no_digit_is_in_two_splits_and_none_is_lost(splits):
+    train, validation, test = map(digits_of, splits)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+    assert len(train | validation | test) == 1797
 
 
-def statistics(images: torch.Tensor) -> torch.Tensor:
-    """Brightness, contrast and roughness along both axes: uint8 (M, 3, H, W) -> (M, 4)."""
-    x = images.float()
-    dx, dy = x.diff(dim=3).abs(), x.diff(dim=2).abs()
-    return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3)), dx.mean((1, 2, 3)), dy.mean((1, 2, 3))], 1)
+def test_labels_go_with_names(splits):
+    assert [int(name.split("/")[1]) for name in splits.test.names] == splits.test.labels.tolist()
+    assert sorted(set(splits.test.labels.tolist())) == list(range(10))
 
 
-def test_domains_look_different():
-    """Four plain statistics of a picture are enough to tell its domain, most of the time."""
-    train, test = (statistics(part.images) for part in digits.load_splits()[::2])
-    domains, expected = (part.domains for part in digits.load_splits()[::2])
-    centres = torch.stack([train[domains == i].mean(0) for i in range(6)])
-    scales = torch.stack([train[domains == i].std(0) for i in range(6)])
-    distance = (((test[:, None] - centres) / scales) ** 2 + 2 * scales.log()).sum(-1)
-    assert (distance.argmin(1) == expected).float().mean() > 0.9
+def test_the_same_seed_draws_the_same_images(splits):
+    again, other = digits.load_splits(), digits.load_splits(seed=7)
+    assert torch.equal(splits.train.images, again.train.images)
+    assert splits.train.names == again.train.names
+    assert splits.train.names != other.train.names
+
+
+def test_domains_differ_far_more_than_the_digits_of_one_domain(splits):
+    """A nearest-mean classifier on coarse colour statistics tells the domains apart."""
+
+    def statistics(part):
+        pixels = part.images.float().flatten(2) / 255
+        return torch.cat([pixels.mean(2), pixels.std(2), (pixels[..., 1:] - pixels[..., :-1]).abs().mean(2)], 1)
+
+    train, test = statistics(splits.train), statistics(splits.test)
+    means = torch.stack([train[splits.train.domains == d].mean(0) for d in range(6)])
+    found = torch.cdist(test, means).argmin(1)
+    assert (found == splits.test.domains).float().mean() > 0.8
+
+
+def test_example_ids_are_unique_and_the_same_for_a_name_in_any_set(splits):
+    ids = splits.test.example_ids()
+    assert len(ids.unique()) == len(ids)
+    assert torch.equal(splits.test.select(torch.tensor([5, 2])).example_ids(), ids[[5, 2]])

@@ -59,7 +59,7 @@ def test_the_built_in_rows_share_no_text_between_train_and_the_rest():
 
 @pytest.mark.parametrize("name", ORACLE)
 def test_halves_are_the_published_ones(name):
-    """The published code loses each half's last row (reference.md, 0.12)."""
+    """The published code loses each half's last row."""
     seed, count = map(int, re.findall(r"\d+", name))
     validation, test = split_indices("rte", 0, seed, count)
     assert validation[:-1] == ORACLE[name]["validation"]
@@ -116,7 +116,7 @@ def as_parquet(folder: Path, task: str, classes: bool = True) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_parquet_gives_the_same_rows_as_json_lines(task, tmp_path):
-    """mnli is the trap: read without naming files, its two validation splits become one (ecosystem.md, 6)."""
+    """mnli is the trap: read without naming files, its two validation splits become one."""
     as_parquet(tmp_path, task)
     lines, parquet = load_glue("tiny", [task])[task], load_glue(str(tmp_path), [task])[task]
     for a, b in zip(lines, parquet, strict=True):
@@ -127,7 +127,7 @@ def test_parquet_gives_the_same_rows_as_json_lines(task, tmp_path):
 def test_the_real_rows_are_read_and_split(real_data):
     glue = load_glue(str(real_data / "glue"))
     sizes = {task: tuple(len(part) for part in splits) for task, splits in glue.items()}
-    assert sizes == {  # DATA.md, section 1, and Mahabadi et al.'s rule
+    assert sizes == {  # the rows of the folder's DATA.md, cut by Mahabadi et al.'s rule
         "rte": (2490, 138, 139),
         "sst2": (19000, 1000, 872),
         "mrpc": (3668, 204, 204),

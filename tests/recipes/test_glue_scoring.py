@@ -45,7 +45,7 @@ def test_the_average_is_that_of_eleven_numbers_and_the_mean_over_tasks_is_told_a
 
 
 def test_the_papers_row_for_smear_averages_to_its_81_point_6():
-    """Table 2: 81.6 is the mean of eleven numbers; the mean over eight tasks would be 79.2 (field.md, 3.1)."""
+    """Table 2: 81.6 is the mean of eleven numbers; the mean over eight tasks would be 79.2."""
     row = [[69.9], [90.9], [90.5, 86.9], [87.0, 86.6], [86.9, 90.1], [84.9], [90.2], [33.8]]
     numbers = [value for values in row for value in values]
     assert sum(numbers) / 11 == pytest.approx(81.6, abs=0.05)

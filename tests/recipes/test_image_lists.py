@@ -1,104 +1,124 @@
-"""DomainNet's list format: the real lists, missing and broken images, the validation rule."""
+"""DomainNet's list format: real lists, the validation rule, and images that cannot be read."""
 
 import random
 
 import pytest
-import torch
 from PIL import Image
 
-from recipes.image_lists import Entry, find_domains, hold_out, load_splits, read_list
-
-DOMAINNET = ["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
-LINES = {"clipart": (9205, 3016), "infograph": (9970, 2930), "painting": (11495, 3276), "quickdraw": (12500, 3500),
-         "real": (12494, 3473), "sketch": (11416, 3269)}  # fmt: skip
+from recipes import image_lists
+from recipes.image_lists import Entry
 
 
-def folder(tmp_path, domains=("photo", "sketch"), images=5):
-    """A data set of solid colours: image i of a domain has label i % 2."""
-    for domain in domains:
-        lists = {"train": range(images), "test": range(images, images + 2)}
-        for part, numbers in lists.items():
+@pytest.fixture
+def folder(tmp_path):
+    """Two domains with ten train and four test images each, of two classes."""
+    for d, domain in enumerate(("drawn", "seen")):
+        for split, count in (("train", 10), ("test", 4)):
             lines = []
-            for i in numbers:
-                path = tmp_path / domain / f"class {i % 2}" / f"{i}.png"
+            for i in range(count):
+                path = tmp_path / domain / f"class{i % 2}" / f"{split} {i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (20, 12), (10 * i, 0, 200)).save(path)
+                Image.new("RGB", (12, 8), (10 * i, 100 * d, 0)).save(path)
                 lines.append(f"{path.relative_to(tmp_path)} {i % 2}\n")
-            (tmp_path / f"{domain}_{part}.txt").write_text("".join(lines))
+            (tmp_path / f"{domain}_{split}.txt").write_text("".join(lines))
     return tmp_path
 
 
-def test_real_lists(real_data):
+def test_real_domainnet_lists(real_data):
     root = real_data / "domainnet_lists"
-    assert find_domains(root) == DOMAINNET
-    for index, domain in enumerate(DOMAINNET):
-        parts = [read_list(root / f"{domain}_{part}.txt", index) for part in ("train", "test")]
-        assert tuple(map(len, parts)) == LINES[domain]
-        assert all(e.path.startswith(f"{domain}/") and 0 <= e.label < 100 and e.domain == index for e in parts[0])
-    assert read_list(root / "quickdraw_train.txt", 3)[0].path.endswith(".png")
+    names = image_lists.find_domains(root)
+    assert names == ["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
+    lines = {name: len(image_lists.read_list(root / f"{name}_train.txt", i)) for i, name in enumerate(names)}
+    assert lines == {"clipart": 9205, "infograph": 9970, "painting": 11495, "quickdraw": 12500, "real": 12494,
+                     "sketch": 11416}  # fmt: skip
+    quickdraw = image_lists.read_list(root / "quickdraw_test.txt", 3)
+    assert len(quickdraw) == 3500
+    assert all(entry.path.endswith(".png") and entry.path.startswith("quickdraw/") for entry in quickdraw)
+    assert {entry.label for entry in quickdraw} == set(range(100))
 
 
-def test_splits_hold_every_image_once_and_paths_may_hold_blanks(tmp_path):
-    data = load_splits(folder(tmp_path), size=8, validation_share=0.2)
-    assert [len(part) for part in data] == [8, 2, 4]
-    assert data.train.images.shape == (8, 3, 8, 8)
-    assert data.train.images.dtype == torch.uint8
-    assert data.train.domain_names == ["photo", "sketch"]
-    names = [name for part in data for name in part.names]
-    assert len(set(names)) == len(names) == 14
-    assert "photo/class 0/0.png" in names
-    for part in data:
-        for name, label, domain in zip(part.names, part.labels.tolist(), part.domains.tolist(), strict=True):
-            assert name.split("/")[0] == data.train.domain_names[domain]
-            assert int(name.split("/")[-1].removesuffix(".png")) % 2 == label
-
-
-@pytest.mark.parametrize("kind", ["missing", "broken"])
-def test_bad_images_are_named_and_counted(tmp_path, kind):
-    root = folder(tmp_path)
-    bad = root / "sketch" / "class 1" / "1.png"
-    if kind == "missing":
-        bad.unlink()
-    else:
-        bad.write_bytes(bad.read_bytes()[:40])
-    with pytest.raises(OSError, match=rf"1 of 14 images .*sketch/class 1/1.png \({kind}"):
-        load_splits(root, size=8)
-    data = load_splits(root, size=8, on_bad_image="skip")
-    assert sum(len(part) for part in data) == 13
-    assert len(data.test.skipped) == 1
-    assert "sketch/class 1/1.png" in data.test.skipped[0]
-
-
-def test_wrong_choice_for_bad_images(tmp_path):
-    with pytest.raises(ValueError, match="on_bad_image='ignore' is unknown; possible: error, skip"):
-        load_splits(folder(tmp_path), size=8, on_bad_image="ignore")
-
-
-def test_broken_line_is_named(tmp_path):
-    (tmp_path / "photo_train.txt").write_text("photo/dog/1.jpg 0\n\nphoto/dog/2.jpg dog\n")
-    with pytest.raises(ValueError, match=r"photo_train.txt, line 3: expected .* found 'photo/dog/2.jpg dog'"):
-        read_list(tmp_path / "photo_train.txt", 0)
-
-
-def test_no_lists_and_no_such_list(tmp_path):
-    with pytest.raises(FileNotFoundError, match="_train.txt"):
-        find_domains(tmp_path)
-    root = folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="photo_test_large.txt; the folder has photo_test.txt"):
-        load_splits(root, size=8, test_list="test_large")
+def test_real_pacs_lists_point_to_images(real_data):
+    root = real_data / "pacs"
+    large = image_lists.read_list(root / "sketch_test_large.txt", 3)
+    assert len(large) == 736
+    small = image_lists.load_images(root, large[:6], image_lists.find_domains(root), 64)
+    assert small.images.shape == (6, 3, 64, 64)
 
 
 def test_validation_is_the_published_rule():
-    lists = [[Entry(f"{domain}/{i}", i, domain) for i in range(size)] for domain, size in enumerate((10, 7))]
-    train, validation = hold_out(lists)
-    random.seed(42)  # the README of r-three/smear: seed once, shuffle each domain's list in order, take 20%
-    expected_validation, expected_train = [], []
+    """One seed, each list shuffled in turn, the first 20% of it: recomputed with the global generator."""
+    lists = [[Entry(f"{d}/{i}.jpg", 0, d) for i in range(length)] for d, length in enumerate((10, 7, 13))]
+    train, validation = image_lists.hold_out(lists)
+    random.seed(42)
+    expected = []
     for entries in lists:
         shuffled = list(entries)
         random.shuffle(shuffled)
-        cut = int(0.2 * len(shuffled))
-        expected_validation += shuffled[:cut]
-        expected_train += shuffled[cut:]
-    assert validation == expected_validation
-    assert train == expected_train
-    assert len(validation) == 3
+        expected += shuffled[: int(len(shuffled) * 0.2)]
+    assert validation == expected
+    assert [entry.domain for entry in validation] == [0, 0, 1, 2, 2]
+    assert set(train) | set(validation) == {entry for entries in lists for entry in entries}
+    assert not set(train) & set(validation)
+    assert [entry.path for entry in lists[0]] == [
+        f"0/{i}.jpg" for i in range(10)
+    ]  # the caller's lists keep their order
+
+
+def test_splits_of_a_folder(folder):
+    splits = image_lists.load_splits(folder, size=8)
+    assert [len(part) for part in splits] == [16, 4, 8]
+    assert splits.test.domain_names == ["drawn", "seen"]
+    assert splits.test.names[0] == "drawn/class0/test 0.png"  # names may hold blanks
+    third = splits.test.images[2]
+    assert third.shape == (3, 8, 8)
+    assert third[0].unique().tolist() == [20]
+    assert splits.test.labels.tolist() == [0, 1, 0, 1] * 2
+
+
+def test_no_validation_if_none_is_wanted(folder):
+    splits = image_lists.load_splits(folder, size=8, validation_share=0.0)
+    assert [len(part) for part in splits] == [20, 0, 8]
+
+
+def break_two(folder):
+    (folder / "drawn/class0/train 0.png").unlink()
+    broken = folder / "seen/class1/test 1.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+
+
+def test_bad_images_are_an_error_that_counts_and_names_them(folder):
+    break_two(folder)
+    with pytest.raises(OSError, match=r"2 of 28 images .* cannot be read") as error:
+        image_lists.load_splits(folder, size=8)
+    for word in ("drawn/class0/train 0.png (missing)", "seen/class1/test 1.png (broken", "--on_bad_image skip"):
+        assert word in str(error.value)
+
+
+def test_bad_images_can_be_skipped_but_never_silently(folder, caplog):
+    break_two(folder)
+    splits = image_lists.load_splits(folder, size=8, on_bad_image="skip")
+    assert sum(len(part) for part in splits) == 26
+    assert "seen/class1/test 1.png" not in splits.test.names
+    assert len(splits.test.skipped) == 2
+    assert "2 of 28 images" in caplog.text
+    assert "drawn/class0/train 0.png" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["drawn/class0/a.png", "drawn/class0/a.png zero", " 3"])
+def test_a_line_of_another_form_is_named(folder, line):
+    with (folder / "drawn_train.txt").open("a") as file:
+        file.write(f"\n{line}\n")
+    with pytest.raises(ValueError, match=r"drawn_train.txt, line 12: expected"):
+        image_lists.load_splits(folder, size=8)
+
+
+def test_a_missing_list_names_those_that_are_there(folder):
+    with pytest.raises(FileNotFoundError, match=r"drawn_other.txt; the folder has drawn_test.txt, drawn_train.txt"):
+        image_lists.load_splits(folder, size=8, test_list="other")
+    with pytest.raises(FileNotFoundError, match=r"has no <domain>_train\.txt"):
+        image_lists.find_domains(folder / "drawn")
+
+
+def test_unknown_treatment_of_bad_images(folder):
+    with pytest.raises(ValueError, match="on_bad_image='ignore' is unknown; possible: error, skip"):
+        image_lists.load_splits(folder, size=8, on_bad_image="ignore")

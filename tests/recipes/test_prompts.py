@@ -1,4 +1,4 @@
-"""Templates read from PromptSource's YAML, and which of them an example gets. Traps: ecosystem.md, 1.3."""
+"""Templates read from PromptSource's YAML, and which of them an example gets."""
 
 import json
 import os
