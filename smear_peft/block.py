@@ -171,9 +171,7 @@ class SmearBlock(nn.Module):
         elif norm.training:
             norm.num_batches_tracked.add_(1)
         weight, bias = norm.weight.to(stats.dtype), norm.bias.to(stats.dtype)
-        z = F.batch_norm(
-            features.to(stats.dtype), stats, variance, weight, bias, norm.training, MOMENTUM, EPS
-        )
+        z = F.batch_norm(features.to(stats.dtype), stats, variance, weight, bias, norm.training, MOMENTUM, EPS)
         return z.to(features.dtype)
 
     def _tokens(self, features: Tensor) -> Tensor:
@@ -184,8 +182,8 @@ class SmearBlock(nn.Module):
     def _added(self, update: Tensor, features: Tensor) -> Tensor:
         """The features plus the update (B, L, D), in the features' shape and dtype.
 
-        In place on the update where no gradient is wanted: it is this block's own. (With gradients it may be a view, and
-        autograd copies what it writes through a view.)
+        In place on the update where no gradient is wanted: it is this block's own. (With gradients it may be a view,
+        and autograd copies what it writes through a view.)
         """
         if self.site.feature_map:
             update = update.mT.unflatten(2, features.shape[2:])

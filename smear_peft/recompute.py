@@ -35,9 +35,7 @@ class Forward:
     def note(self, context: RoutingContext) -> None:
         """From now on `context` holds; keeps what a block reads of it, and no more than that alive."""
         source = None if context.source is None else context.source._replace(state=None)
-        kept = context._replace(
-            owner=None, forward=None, traces=(), generation=None, source=source, recomputed=True
-        )
+        kept = context._replace(owner=None, forward=None, traces=(), generation=None, source=source, recomputed=True)
         self.noted.append((torch.autograd._get_sequence_nr(), kept))
 
     def close(self, output: Any) -> None:
