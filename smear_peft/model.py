@@ -102,7 +102,7 @@ class SmearModel(BaseTuner):
             trained = [name for config in configs for name in config.modules_to_save or ()]
             hold_base_statistics(model, lambda name: any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in trained))
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Whether `key` is a site, or a layer norm that trains. PEFT asks for one name after another.
 
         For an excluded module PEFT wants its own kind of False: without one it warns that nothing was excluded.
@@ -209,7 +209,7 @@ class SmearModel(BaseTuner):
         Modules of `modules_to_save` stay trained, as with every PEFT method.
         """
         model = super().unload()
-        uninstall(model)
+        uninstall(base_model(model))
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -104,7 +104,7 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
 
 PEFT_HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save by the task, there or not
 # For these tasks PEFT adds them only after the injection, to the user's config and not to the resolved copy.
-LATE_HEADS = {TaskType.TOKEN_CLS: PEFT_HEADS[:2], TaskType.QUESTION_ANS: PEFT_HEADS[2:]}
+LATE_HEADS: dict[str, tuple[str, ...]] = {TaskType.TOKEN_CLS: PEFT_HEADS[:2], TaskType.QUESTION_ANS: PEFT_HEADS[2:]}
 
 
 def _check_saved_modules(modules: dict[str, nn.Module], config: SmearConfig) -> None:
