@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smear_peft.context import RoutingContext, check_mask, pool
+from smear_peft.context import RoutingContext, check_mask, pool, without_autocast
 from smear_peft.experts import BottleneckExperts, Expert
 from smear_peft.routing import Mixture, Query, Use, get_method
 
@@ -117,7 +117,7 @@ class SmearBlock(nn.Module):
         for name, value in (("routing_tags", query.tags), ("example_ids", query.example_ids)):
             if name in self.method.needs and value is None:
                 raise ValueError(missing_argument(self.method.name, name))
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             mixture = self.routing(query)
             if self.config.balance_weight > 0 and mixture.weights.shape[1] > 1:
                 mixture = mixture._replace(losses={**mixture.losses, "balance": balance(mixture)})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smear_peft.context import without_autocast
 from smear_peft.routing.mixture import Mixture, Use
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -102,7 +103,7 @@ class BottleneckExperts(nn.Module):
         if down.shape[0] == 1 and weights.shape[0] == 1:
             return Expert(down, bias, up)
         dtype = torch.promote_types(weights.dtype, down.dtype)
-        with torch.autocast(weights.device.type, enabled=False):
+        with without_autocast(weights.device):
             merged = (weights.to(dtype) @ theta.to(dtype).flatten(1) for theta in (down, bias, up))
             return Expert(*(m.unflatten(1, theta.shape[1:]) for m, theta in zip(merged, (down, bias, up), strict=True)))
 

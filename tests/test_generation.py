@@ -72,14 +72,13 @@ def test_beams_of_one_source_are_those_of_the_batch(routing):
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "beams", "samples returned"])
-@pytest.mark.parametrize("masked", [True, False])
-def test_encoder_outputs_from_the_caller(masked, decoding):
+def test_encoder_outputs_from_the_caller(decoding):
     model, batch = routed(), sources()
     expected, expected_logits = generate(model, **batch, **DECODINGS[decoding])
     with torch.no_grad():
         state = model.get_base_model().get_encoder()(**batch)
-    mask = {"attention_mask": batch["attention_mask"]} if masked else {}
-    tokens, logits = generate(model, encoder_outputs=state, **mask, **DECODINGS[decoding])
+    mask = batch["attention_mask"]
+    tokens, logits = generate(model, encoder_outputs=state, attention_mask=mask, **DECODINGS[decoding])
     assert torch.equal(tokens, expected)
     close(logits, expected_logits)
 
