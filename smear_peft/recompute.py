@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from smear_peft.context import RoutingContext, current
 
@@ -22,27 +23,44 @@ _FORWARDS: weakref.WeakSet[Forward] = weakref.WeakSet()
 _LOCK = threading.Lock()
 
 
+class _Thread(threading.local):
+    """A token of each thread; unlike its identity, it is not given to another one later."""
+
+    def __init__(self) -> None:
+        self.token = object()
+
+
+_THREAD = _Thread()
+
+
 class Forward:
     """One forward of a root model: its contexts, each with the autograd number from which it holds."""
 
     def __init__(self) -> None:
-        self.thread = threading.get_ident()  # numbers are counted per thread
+        self.thread = _THREAD.token  # numbers are counted per thread
         self.noted: list[tuple[int, RoutingContext]] = []
         self.end: float = float("inf")
         with _LOCK:
             _FORWARDS.add(self)
 
     def note(self, context: RoutingContext) -> None:
-        """From now on `context` holds; keeps what a block reads of it, and no more than that alive."""
-        source = None if context.source is None else context.source._replace(state=None)
+        """From now on `context` holds; keeps what a block reads of it alive, and of that no graph.
+
+        The output's graph keeps this record, and outputs often hold the encoder's state: a record that kept that state's
+        graph would keep itself. A recomputation needs no more than that the same tensors want gradients as before.
+        """
+        source = context.source
+        if source is not None:
+            pooled = {name: value.detach().requires_grad_(value.requires_grad) for name, value in source.pooled.items()}
+            source = source._replace(state=None, pooled=pooled)
         kept = context._replace(owner=None, forward=None, traces=(), generation=None, source=source, recomputed=True)
         self.noted.append((torch.autograd._get_sequence_nr(), kept))
 
     def close(self, output: Any) -> None:
         """The forward is over; its record lives with the graph of its output."""
         self.end = torch.autograd._get_sequence_nr()
-        parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-        for node in (part.grad_fn for part in parts if isinstance(part, Tensor)):
+        for part in tree_leaves(output):
+            node = part.grad_fn if isinstance(part, Tensor) else None
             if node is not None:
                 kept: dict[Any, Any] = node.metadata  # type: ignore[assignment]
                 kept[self] = "read by smear_peft"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -39,6 +41,12 @@ def routed(base: nn.Module | None = None, *, task_type: str | None = None, seed:
         settings["tasks"] = TASKS
     config = SmearConfig(**{**settings, **fields})
     return enliven(get_peft_model(tiny_t5() if base is None else base, config), seed).eval()
+
+
+@functools.cache
+def shared(routing: str = "smear") -> nn.Module:
+    """As `routed`, but one for all tests: only to look at."""
+    return routed(routing=routing)
 
 
 def extras(routing: str, rows: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from smear_peft import SmearConfig, trace
 
 from .models import images, t5_batch, tiny_resnet, tiny_t5
-from .routed import NEEDS, close, enliven, extras, routed
+from .routed import NEEDS, close, enliven, extras, routed, shared
 
 TAGS = [2, 0, 1]
 
@@ -78,7 +78,7 @@ def test_example_ids_reach_the_routers_through_every_wrapper(build):
 
 @pytest.mark.parametrize("tags", [TAGS, tuple(TAGS), torch.tensor(TAGS, dtype=torch.int32), torch.tensor(TAGS).byte()])
 def test_lists_and_all_integer_types_will_do(tags):
-    assert chosen(routed(routing="tag"), **t5_batch(), routing_tags=tags) == {(2, 0, 1)}
+    assert chosen(shared("tag"), **t5_batch(), routing_tags=tags) == {(2, 0, 1)}
 
 
 def test_tags_of_a_resnet_and_inputs_by_position():
@@ -129,7 +129,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("routing", ["tag", "hash"])
 def test_wrong_values_are_refused(routing, wrong, through):
-    model, batch = routed(routing=routing), t5_batch()
+    model, batch = shared(routing), t5_batch()
     value, error, message = WRONG[wrong]
     call = model if through == "forward" else model.generate
     if through == "generate":
@@ -146,12 +146,12 @@ def test_tags_out_of_range_are_refused(value, through):
     message = rf"holds {value},.*0 to 2"
     if through == "generate":
         del batch["labels"]
-    for model in (routed(routing="tag"), routed(routing="latent_skills")):
+    for model in (shared("tag"), shared("latent_skills")):
         call = model if through == "forward" else model.generate
         with pytest.raises(ValueError, match=message):
             call(**batch, routing_tags=tags)
     with pytest.raises(ValueError, match="cola, rte, sst2"):
-        routed(routing="latent_skills")(**batch, routing_tags=tags)
+        shared("latent_skills")(**batch, routing_tags=tags)
 
 
 @pytest.mark.parametrize("routing", ["smear", "ensemble", "soft_moe", "adamix", "single"])
