@@ -46,8 +46,8 @@ class Forward:
     def note(self, context: RoutingContext) -> None:
         """From now on `context` holds; keeps what a block reads of it alive, and of that no graph.
 
-        The output's graph keeps this record, and outputs often hold the encoder's state: a record that kept that state's
-        graph would keep itself. A recomputation needs no more than that the same tensors want gradients as before.
+        The output's graph keeps this record, and outputs often hold the encoder's state: a record that kept that
+        state's graph would keep itself. A recomputation needs no more than that the same tensors want gradients.
         """
         source = context.source
         if source is not None:
