@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -278,5 +279,6 @@ def ask_one(templates: Sequence[Any], row: Mapping[str, Any], seed: int, epoch: 
 
 
 def digest(*values: Any) -> int:
-    """A number below 2**64 that depends on the values' representations alone, on every machine and version."""
-    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
+    """A number below 2**64 that depends on the values alone, on every machine and version."""
+    text = json.dumps(values, default=str)  # not repr, which follows Unicode's versions
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

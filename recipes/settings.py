@@ -57,7 +57,12 @@ def parse_all(
         ValueError: a name is unknown; the message suggests the nearest one.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser((ConfigFile, *kinds), allow_abbrev=False, description=description)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        (ConfigFile, *kinds),  # type: ignore[arg-type]
+        allow_abbrev=False,
+        description=description,
+        usage="%(prog)s [--config FILE] [--name value ...]",
+    )
     parser.set_defaults(**(defaults or {}))
     names = [f.name for kind in kinds for f in fields(kind)]
     given, rest = parser.parse_known_args(words)

@@ -49,6 +49,10 @@ class Base:
         },
     )
 
+    def fields(self) -> dict[str, Any]:
+        """`base_config` as a mapping."""
+        return dict(self.base_config) if isinstance(self.base_config, dict) else {}
+
     def __post_init__(self) -> None:
         if isinstance(self.base_config, str):
             self.base_config = json.loads(self.base_config)
@@ -102,7 +106,7 @@ class Adapter:
 
 def load_base(settings: Base) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase]:
     """The base model, in float32, and its tokenizer."""
-    changes = {} if settings.dropout_rate is None else {"dropout_rate": settings.dropout_rate}
+    changes: dict[str, Any] = {} if settings.dropout_rate is None else {"dropout_rate": settings.dropout_rate}
     base = T5ForConditionalGeneration.from_pretrained(
         settings.base, revision=settings.base_revision, dtype=torch.float32, **changes
     )
@@ -120,7 +124,8 @@ def make_base(settings: Base, texts: Iterable[str], folder: Path) -> None:
         texts: to take a vocabulary from, if there is to be one.
         folder: exists.
     """
-    fields: dict[str, Any] = {"decoder_start_token_id": 0, "vocab_size": 1000, **dict(settings.base_config or {})}
+    fields: dict[str, Any] = {"decoder_start_token_id": 0, "vocab_size": 1000, **settings.fields()}
+    tokenizer: PreTrainedTokenizerBase
     if settings.tokenizer == WORDS:
         tokenizer = T5Tokenizer(vocab=vocabulary(texts, fields["vocab_size"]), extra_ids=0)
     else:

@@ -129,6 +129,10 @@ class Questions(Dataset[Features]):
             "example_ids": example_id(question.task, question.row),
         }
 
+    def first_of_each_task(self) -> list[Question]:
+        """One question per task that has any, in tag order."""
+        return list({item.tag: item for item in reversed(self.items)}.values())[::-1]
+
     @property
     def longest_answer(self) -> int:
         """Tokens of the longest right or possible answer, its end included: as many may be generated."""

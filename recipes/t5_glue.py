@@ -25,7 +25,7 @@ if not __package__:  # run as a script
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's processes do not mix
 
 import torch
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq
 
 import smear_peft
 from recipes.glue_card import glue_card
@@ -37,12 +37,12 @@ from recipes.run_folder import write_json, write_lines, write_text, write_yaml, 
 from recipes.settings import parse_all
 from recipes.t5_base import RANDOM, Adapter, Base, adapt, copy_adapter, load_adapter, load_base, make_base
 from recipes.t5_data import Encoder, Questions, Templates, TrainingExamples
-from recipes.t5_settings import PAPER, Data, Job, prepare, same_run
+from recipes.t5_settings import PAPER, Data, Job, Training, prepare, same_run
 from recipes.t5_trainer import PARTIAL, GlueTrainer, last_whole_checkpoint, token_loss
 from smear_peft.trainer import RoutedCollator
 
 
-def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Seq2SeqTrainingArguments) -> dict[str, Any]:
+def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) -> dict[str, Any]:
     """Do a job, or the rest of it, and write its run folder.
 
     Returns:
@@ -114,7 +114,8 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Seq2SeqTra
     steps = {name: int(path.name.partition("-")[2]) for name, path in kept.items()}
 
     # The test, with the adapter that is to be reported.
-    load_adapter(model, kept[job.report])
+    if kept[job.report] != kept["last"]:
+        load_adapter(model, kept[job.report])
     questions = Questions(rows["test"], templates, encoder)
     answers, routing = trainer.answer(questions, "testing")
     metrics = score(answers, job.scoring)
@@ -161,7 +162,7 @@ def all_texts(rows: Mapping[str, Any], templates: Templates) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
-    kinds = (Data, Base, Adapter, Job, Seq2SeqTrainingArguments)
+    kinds = (Data, Base, Adapter, Job, Training)
     data, base, adapter, job, training = parse_all(kinds, arguments, PAPER, (__doc__ or "").partition("\n")[0])
     metrics = run(data, base, adapter, job, training)
     if training.should_log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +103,14 @@ class Job:
     )
 
 
-def prepare(data: Data, base: Base, adapter: Adapter, job: Job, training: Seq2SeqTrainingArguments) -> dict[str, Any]:
+@dataclass
+class Training(Seq2SeqTrainingArguments):
+    """Trainer's settings, in a group of their own in `--help`."""
+
+    _argument_group_name = "training (Transformers' Seq2SeqTrainingArguments)"
+
+
+def prepare(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) -> dict[str, Any]:
     """Check the settings that depend on each other, fill in those that follow, and return them all."""
     if training.fp16:
         raise ValueError("T5 overflows in float16 (huggingface/transformers#10956). Use --bf16 true, or neither.")
@@ -120,16 +128,19 @@ def prepare(data: Data, base: Base, adapter: Adapter, job: Job, training: Seq2Se
         )
     if training.save_strategy != "steps" or training.eval_strategy not in ("steps", "no"):
         raise ValueError("save_strategy must be steps, and eval_strategy steps or no.")
+    if job.report == "best" and (training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
+        raise ValueError(
+            "Under FSDP the best adapter cannot be put back into the sharded model. Use report=last; afterwards the "
+            "same command in one process with report=best trains no step and tests the best."
+        )
     if training.eval_strategy == "no" and job.report == "best":
         raise ValueError("report=best needs evaluations: set eval_strategy=steps, or report=last.")
-    if training.eval_strategy == "steps" and training.eval_steps % training.save_steps:
+    if training.eval_strategy == "steps" and (training.eval_steps or 0) % training.save_steps:
         raise ValueError(
             f"eval_steps={training.eval_steps} must be a multiple of save_steps={training.save_steps}: each evaluated "
             "adapter may turn out to be the best, so it must have been saved."
         )
-    config = {}
-    for group in (*map(asdict, (data, base, adapter, job)), training.to_dict()):
-        config |= group
+    config = {**asdict(data), **asdict(base), **asdict(adapter), **asdict(job), **training.to_dict()}
     hidden = {name for name in config if name.endswith("_token")} | {"local_rank"}
     return {name: value for name, value in config.items() if value is not None and name not in hidden}
 

@@ -7,13 +7,16 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -47,6 +50,22 @@ def token_loss(epsilon: float, reduction: str) -> Callable[..., Tensor]:
     return loss
 
 
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Gather what FSDP2 has sharded: `generate` calls parts of a model, whose root then gathers nothing by itself.
+
+    The root must have run once before, as it has in training: FSDP2 makes whatever runs first its root.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+
+
 class GlueTrainer(SmearSeq2SeqTrainer):
     """Trains on a mixture and evaluates by generating.
 
@@ -77,22 +96,19 @@ class GlueTrainer(SmearSeq2SeqTrainer):
             One dict per question, in their order, for `recipes.glue_scoring`; and site -> task -> the mean routing
             distribution over the N experts.
         """
-        tokenizer = self.processing_class
+        model, tokenizer = self.model, self.processing_class
+        assert isinstance(model, PeftModel)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        names = [task for _, task in sorted({(item.tag, item.task) for item in questions.items})]
-        tags = torch.tensor([item.tag for item in questions.items])
-        loader = self.get_eval_dataloader(questions)  # type: ignore[arg-type]
+        loader = self.get_eval_dataloader(questions)
         length = questions.longest_answer
         texts: list[str] = []
         seen: list[Tensor] = []
         sites: list[str] = []
-        self.model.eval()
+        model.eval()
         for batch in tqdm(loader, desc=label, leave=False, disable=self.args.disable_tqdm or not self.args.should_log):
-            with self.compute_loss_context_manager(), smear_peft.trace(self.model) as routes:
+            with self.compute_loss_context_manager(), whole_parameters(model), smear_peft.trace(model) as routes:
                 # The cache is asked for: Trainer switches it off in the model's configuration while it trains.
-                tokens = self.model.generate(
-                    **batch, max_new_tokens=length, num_beams=1, do_sample=False, use_cache=True
-                )
+                tokens = model.generate(**batch, max_new_tokens=length, num_beams=1, do_sample=False, use_cache=True)
             sites = list(routes.weights)
             tokens = self.accelerator.pad_across_processes(tokens, dim=1, pad_index=tokenizer.pad_token_id)
             weights = torch.stack(list(routes.weights.values()), dim=1).float()
@@ -101,15 +117,16 @@ class GlueTrainer(SmearSeq2SeqTrainer):
             texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
             seen.append(weights.cpu())
         weights = torch.cat(seen)  # (questions, sites, N)
-        means = {task: weights[tags == tag].mean(0) for tag, task in enumerate(names)}
-        routing = {site: {task: means[task][i].tolist() for task in names} for i, site in enumerate(sites)}
+        tags = torch.tensor([item.tag for item in questions.items])
+        means = {item.task: weights[tags == item.tag].mean(0) for item in questions.first_of_each_task()}
+        routing = {site: {task: mean[i].tolist() for task, mean in means.items()} for i, site in enumerate(sites)}
         return questions.answers(texts), routing
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> dict[str, float]:
         """Answer, score, log. `<prefix>_average` is the mean over all metrics, the one that decides what is best."""
-        questions = self.eval_dataset if eval_dataset is None else eval_dataset
+        questions: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         start = time.perf_counter()
         report = score(self.answer(questions, "validating")[0], self.scoring)
         metrics = {
@@ -129,7 +146,7 @@ class GlueTrainer(SmearSeq2SeqTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write beside, then rename: a checkpoint that is there is whole, whenever the process was killed."""
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         self._saves_to = str(folder / PARTIAL)
         try:
@@ -162,10 +179,10 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def _is_whole(checkpoint: Path, step: int) -> bool:
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())  # Trainer writes it last
-        if list(checkpoint.glob("adapter_model.safetensors")):
-            with safetensors.safe_open(checkpoint / "adapter_model.safetensors", "pt") as file:
-                file.keys()
-        files = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
-        return state["global_step"] == step and all(file.stat().st_size > 0 for file in files)
+        with safetensors.safe_open(checkpoint / "adapter_model.safetensors", "pt") as file:  # looks at the length
+            file.keys()
+        optimizers = list(checkpoint.glob("optimizer*"))  # a file, or FSDP's folder
+        sizes = [path.stat().st_size for path in (*optimizers, checkpoint / "scheduler.pt")]
+        return state["global_step"] == step and bool(optimizers) and all(sizes)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError):
         return False
