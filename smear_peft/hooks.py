@@ -87,8 +87,8 @@ class RootHook:
         if given:
             kwargs = {name: value for name, value in kwargs.items() if name not in given}
         generation = outer.generation
-        inside = isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module and generation is not None
-        if inside and not given and generation.is_step(self.call.get("encoder_outputs", args, kwargs)):
+        inside = isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module and not given
+        if inside and generation is not None and generation.is_step(self.call.get("encoder_outputs", args, kwargs)):
             context = outer
         else:
             context = self.context(module, given, batch_size(args, kwargs))

@@ -7,31 +7,23 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smear_peft.batch_norm import hold_base_statistics
 from smear_peft.config import SmearConfig
 from smear_peft.context import current, entered
 from smear_peft.hooks import install, uninstall
-from smear_peft.layer import CANNOT_MERGE, KNOWN_NAMES, SmearLayer, SmearModule, SmearNorm, check_one_norm
+from smear_peft.injection import check_adapter_name, follow, matched_by, reference_tensors, uncover_own_parts
+from smear_peft.layer import CANNOT_MERGE, SmearLayer, SmearModule, SmearNorm, check_one_norm
 from smear_peft.mixed import MixedBatch
 from smear_peft.sites import base_model, base_modules, describe, resolve, site_names, trained_norms
 from smear_peft.stacks import Stacks, uncompiled
 from smear_peft.trace import routed_layers
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-OWN_NAMES = {"smear_block", "smear_norm", "base_layer", "weight", "bias", "modules_to_save"} | {
-    part for name in KNOWN_NAMES for part in f"routing.{name}".split(".")
-}
 
 
 class SmearModel(BaseTuner):
@@ -70,7 +62,7 @@ class SmearModel(BaseTuner):
         self._norms = set(trained_norms(modules, config))
         self._matched = {*self._sites, *self._norms} if state_dict is None else matched_by(given, modules, stacks)
         check_adapter_name(adapter_name, modules)
-        self._reference = _reference_tensors(modules, list(self._sites))
+        self._reference = reference_tensors(modules, list(self._sites))
         self._check_base(model, modules)
         self.peft_config[adapter_name] = config
         super().inject_adapter(
@@ -80,7 +72,7 @@ class SmearModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        if _uncover_own_parts(model):
+        if uncover_own_parts(model):
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._connect(model)
 
@@ -247,56 +239,6 @@ class SmearModel(BaseTuner):
         return mapped
 
 
-def _uncover_own_parts(model: nn.Module) -> bool:
-    """Take PEFT's `modules_to_save` off the insides of our blocks; whether it was on any.
-
-    PEFT wraps every module whose name ends like a name in `modules_to_save`: with "norm" our norms, too.
-    """
-    own = [part for layer in model.modules() if isinstance(layer, SmearModule) for part in layer.by_adapter.modules()]
-    covered = [
-        (part, name, child.original_module)
-        for part in own
-        for name, child in part.named_children()
-        if isinstance(child, AuxiliaryTrainingWrapper)
-    ]
-    for part, name, original in covered:
-        setattr(part, name, original)
-    return bool(covered)
-
-
-def follow(config: SmearConfig, state_dict: dict[str, Tensor]) -> SmearConfig:
-    """A copy of `config` with the sites and layer norms that an adapter's tensors were saved from."""
-    sites = {uncompiled(name).partition(".smear_block.")[0] for name in state_dict if ".smear_block." in name}
-    norms = any(".smear_norm." in name for name in state_dict)
-    return replace(config, target_modules=sorted(sites), exclude_modules=None, train_layer_norms=norms)
-
-
-def matched_by(config: SmearConfig, modules: dict[str, nn.Module], stacks: Stacks) -> set[str]:
-    """Names of the sites and layer norms of `config` itself; PEFT warns where the tensors that it follows differ."""
-    try:
-        config = resolve(modules, config, stacks)
-        return {*site_names(modules, config), *trained_norms(modules, config)}
-    except ValueError:  # it fits nowhere in this model, so the tensors say all
-        return set()
-
-
-def check_adapter_name(name: str, modules: dict[str, nn.Module]) -> None:
-    """Refuse names that are also parts of parameter names.
-
-    When PEFT saves one adapter of several, it leaves out every tensor that has the name of another one in its own: with
-    an adapter called "encoder", no other adapter's tensors in the encoder would be saved.
-
-    Raises:
-        ValueError: the name is empty, has a dot, or is such a part.
-    """
-    parts = {part for module in modules for part in module.split(".")}
-    if not name or "." in name or name in parts | OWN_NAMES:
-        raise ValueError(
-            f"An adapter cannot be called {name!r}: PEFT builds parameter names with it, so it must be a name without "
-            "dots that no module or parameter has. Pass another adapter_name."
-        )
-
-
 def check_tensor(name: str, tensor: Tensor) -> None:
     """A tensor of an adapter file must be finite and floating-point (counters apart).
 
@@ -309,17 +251,3 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} holds {tensor.dtype}; an adapter's tensors are floating-point.")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} holds NaN or infinity: the adapter was saved from a broken training run.")
-
-
-def _reference_tensors(modules: dict[str, nn.Module], names: list[str]) -> dict[str, tuple[torch.device, torch.dtype]]:
-    """Device and dtype for each site's block: of its own weight, else of the nearest ancestor that has one."""
-    found: dict[str, tuple[torch.device, torch.dtype]] = {}
-    for name in names:
-        owner = name
-        while next(modules[owner].parameters(), None) is None and owner:
-            owner = owner.rpartition(".")[0]
-        tensors = [p for p in modules[owner].parameters() if ".smear_" not in owner]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        floats = [p.dtype for p in tensors if p.dtype in FLOATS]
-        found[name] = (device, floats[0] if floats else torch.float32)
-    return found
