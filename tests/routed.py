@@ -27,6 +27,8 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
                     p.copy_(0.1 + 0.2 * torch.rand(p.shape, generator=draw))
                 elif name.startswith("norm") and name.endswith("weight"):
                     p.copy_(0.5 + 0.5 * torch.rand(p.shape, generator=draw))
+                elif name.endswith("dselect.z"):  # within the steps: further out, selectors have no gradient
+                    p.copy_(0.05 * torch.randn(p.shape, generator=draw))
                 elif name.endswith("input_norm.weight"):
                     p.copy_(1 + 0.2 * torch.randn(p.shape, generator=draw))
                 else:

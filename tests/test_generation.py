@@ -11,7 +11,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from smear_peft import ROUTINGS, SmearConfig, SmearLayer, trace
 
 from .models import t5_batch, tiny_t5
-from .routed import close, enliven, extras, routed
+from .routed import close, enliven, extras, routed, shared
 
 STEPS = {"max_new_tokens": 6, "min_new_tokens": 6}
 DECODINGS = {
@@ -44,7 +44,7 @@ def generate(model: nn.Module, *, remember: bool = True, seed: int = 0, **kwargs
 @pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("routing", ["smear", "ensemble", "top_k", "adamix"])
 def test_the_same_as_routing_anew_in_every_step(routing, decoding):
-    model = routed(routing=routing)
+    model = shared(routing)
     tokens, logits = generate(model, **sources(), **DECODINGS[decoding])
     expected, expected_logits = generate(model, remember=False, **sources(), **DECODINGS[decoding])
     assert torch.equal(tokens, expected)
@@ -73,7 +73,7 @@ def test_beams_of_one_source_are_those_of_the_batch(routing):
 
 @pytest.mark.parametrize("decoding", ["greedy", "beams", "samples returned"])
 def test_encoder_outputs_from_the_caller(decoding):
-    model, batch = routed(), sources()
+    model, batch = shared(), sources()
     expected, expected_logits = generate(model, **batch, **DECODINGS[decoding])
     with torch.no_grad():
         state = model.get_base_model().get_encoder()(**batch)
@@ -107,7 +107,7 @@ def added_by_transformers() -> nn.Module:
 @pytest.mark.parametrize("build", [peft_with_task_type, added_by_transformers])
 @pytest.mark.parametrize("decoding", ["greedy", "beams returned"])
 def test_every_way_to_wrap_a_model_generates_the_same(build, decoding):
-    expected, _ = generate(routed(), **sources(), **DECODINGS[decoding])
+    expected, _ = generate(shared(), **sources(), **DECODINGS[decoding])
     tokens, _ = generate(build(), **sources(), **DECODINGS[decoding])
     assert torch.equal(tokens, expected)
 
@@ -159,7 +159,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("routing", ["smear", "ensemble", "top_k", "tag", "latent_skills"])
 def test_each_router_runs_once_for_the_source_rows(routing, decoding):
-    model = routed(routing=routing)
+    model = shared(routing)
     with router_calls(model) as calls:
         generate(model, **sources(), **extras(routing, 3), **DECODINGS[decoding])
     assert len(calls) == 10
@@ -189,7 +189,7 @@ def test_a_plain_forward_keeps_nothing_for_the_next():
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_whole_generate_is_one_forward_in_a_trace(routing, beams):
-    model, batch = routed(routing=routing), {**sources(), **extras(routing, 3)}
+    model, batch = shared(routing), {**sources(), **extras(routing, 3)}
     with torch.no_grad(), trace(model) as forced:
         model(**batch, decoder_input_ids=torch.zeros(3, 1, dtype=torch.long))
     with trace(model) as routes:

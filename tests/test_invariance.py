@@ -1,27 +1,20 @@
 """What an example gets must not depend on its padding, on who shares its batch, or on how it is decoded."""
 
-import functools
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from smear_peft import SmearLayer, trace
 
 from .models import t5_batch, tiny_t5
-from .routed import close, extras, routed
+from .routed import close, extras, routed, shared
 
 ROUTINGS = ["smear", "ensemble", "top_k", "dselect_k", "soft_moe", "tag", "hash", "latent_skills"]
-quick = settings(deadline=None, derandomize=True, max_examples=8)
+quick = settings(deadline=None, derandomize=True, max_examples=8, phases=[Phase.generate])
 sources = st.lists(st.lists(st.integers(2, 63), min_size=1, max_size=7), min_size=1, max_size=4)
 sides = st.lists(st.booleans(), min_size=4, max_size=4)
-
-
-@functools.cache
-def model_of(routing: str) -> nn.Module:
-    return routed(routing=routing)
 
 
 def padded(texts: list[list[int]], left: list[bool], more: int) -> dict[str, Tensor]:
@@ -47,7 +40,7 @@ def outcome(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
 @quick
 @given(texts=sources, left=sides, more=st.integers(0, 5), seed=st.integers(0, 99))
 def test_padding_and_batch_mates_do_not_matter(routing, texts, left, more, seed):
-    model = model_of(routing)
+    model = shared(routing)
     rows = len(texts)
     targets = torch.randint(2, 64, (rows, 4), generator=torch.Generator().manual_seed(seed))
     together = {**padded(texts, left, more), "decoder_input_ids": targets, **extras(routing, rows)}
@@ -69,7 +62,7 @@ def test_padding_and_batch_mates_do_not_matter(routing, texts, left, more, seed)
 @quick
 @given(texts=sources, left=sides, more=st.integers(0, 3), beams=st.integers(1, 4))
 def test_tokens_and_routes_of_generate(routing, texts, left, more, beams):
-    model = model_of(routing)
+    model = shared(routing)
     batch = {**padded(texts, left, more), **extras(routing, len(texts))}
     how = {"num_beams": beams, "max_new_tokens": 5, "min_new_tokens": 5}
     with trace(model) as routes:
@@ -181,8 +174,8 @@ def test_an_example_without_positions_pools_to_zero(argument):
     batch = t5_batch()
     batch[argument] = batch["attention_mask"].clone()
     batch[argument][1] = 0
-    with torch.no_grad(), trace(model_of("smear")) as routes:
-        logits = model_of("smear")(**batch).logits
+    with torch.no_grad(), trace(shared("smear")) as routes:
+        logits = shared("smear")(**batch).logits
     assert torch.isfinite(logits).all()
     for value in routes.inputs.values():
         assert not value[1].any()
@@ -217,7 +210,7 @@ def test_a_four_dimensional_mask_is_refused_and_routing_mask_helps():
 
 @pytest.mark.parametrize("routing", ["smear", "soft_moe"])
 def test_a_routing_mask_of_another_shape_or_kind_is_refused(routing):
-    model, batch = model_of(routing), t5_batch()
+    model, batch = shared(routing), t5_batch()
     with pytest.raises(ValueError, match=r"\(3, 5\).*\(3, 7\).*routing_mask"):
         model(**batch, routing_mask=torch.ones(3, 5))
     with pytest.raises(TypeError, match="routing_mask must be a tensor"):
@@ -228,7 +221,7 @@ def test_a_routing_mask_of_another_shape_or_kind_is_refused(routing):
 
 
 def test_outside_its_model_a_text_site_pools_all_positions():
-    model = model_of("smear")
+    model = shared("smear")
     layer = model.get_base_model().encoder.block[0].layer[0].SelfAttention.o
     x = torch.randn(2, 5, 32)
     with torch.no_grad():
@@ -242,13 +235,13 @@ def test_outside_its_model_a_text_site_pools_all_positions():
 
 
 def test_outside_its_model_a_decoder_site_has_nothing_to_look_at():
-    layer = model_of("smear").get_base_model().decoder.block[0].layer[0].SelfAttention.o
+    layer = shared("smear").get_base_model().decoder.block[0].layer[0].SelfAttention.o
     with pytest.raises(ValueError, match=r"decoder\.block\.0.*encoder's final state.*call the model"):
         layer(torch.randn(2, 5, 32))
 
 
 def test_the_stacks_can_be_called_by_themselves():
-    model, batch = model_of("smear"), t5_batch()
+    model, batch = shared("smear"), t5_batch()
     base, mask = model.get_base_model(), batch["attention_mask"]
     targets = torch.tensor([[0, 3], [0, 4], [0, 5]])
     with torch.no_grad():
