@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smear_peft.context import RoutingContext, check_mask, pool, without_autocast
+from smear_peft.context import RoutingContext, check_mask, pool
 from smear_peft.experts import BottleneckExperts, Expert
+from smear_peft.precision import cast, without_autocast
 from smear_peft.routing import Mixture, Query, Use, get_method
 
 if TYPE_CHECKING:
@@ -150,19 +151,20 @@ class SmearBlock(nn.Module):
             mixture, gate = mixture._replace(gate=gate / total), total.squeeze(-1)
         update = self.expert(tokens, mixture, expert)
         if gate is not None and gate.ndim == 1 and not after:
-            update = update * gate.to(update.dtype)[:, None, None]
-        if self.site.norm == "post_layer_norm":
-            assert isinstance(self.norm, nn.LayerNorm)
-            weight, bias = self.norm.weight.to(update.dtype), self.norm.bias.to(update.dtype)
-            update = F.layer_norm(update, self.norm.normalized_shape, weight, bias, EPS)
+            update = update * cast(gate, update.dtype)[:, None, None]
+        norm = self.norm
+        if isinstance(norm, nn.LayerNorm):
+            weight, bias = cast(norm.weight, update.dtype), cast(norm.bias, update.dtype)
+            update = F.layer_norm(update, norm.normalized_shape, weight, bias, EPS)
         if gate is not None and after:
-            update = update * gate.to(update.dtype)[:, None, None]
+            update = update * cast(gate, update.dtype)[:, None, None]
         return update.reshape(batch, length, width) if joined else update
 
     def _normalised(self, features: Tensor, recomputed: bool) -> Tensor:
-        if not isinstance(self.norm, nn.BatchNorm2d):
+        norm = self.norm
+        if not isinstance(norm, nn.BatchNorm2d):
             return features
-        norm, stats, variance = self.norm, self.norm.running_mean, self.norm.running_var
+        stats, variance = norm.running_mean, norm.running_var
         assert stats is not None
         assert variance is not None
         assert norm.num_batches_tracked is not None
@@ -170,14 +172,13 @@ class SmearBlock(nn.Module):
             stats, variance = stats.clone(), variance.clone()  # the forward itself has updated them
         elif norm.training:
             norm.num_batches_tracked.add_(1)
-        weight, bias = norm.weight.to(stats.dtype), norm.bias.to(stats.dtype)
-        z = F.batch_norm(features.to(stats.dtype), stats, variance, weight, bias, norm.training, MOMENTUM, EPS)
-        return z.to(features.dtype)
+        weight, bias, x = (cast(tensor, stats.dtype) for tensor in (norm.weight, norm.bias, features))
+        return cast(F.batch_norm(x, stats, variance, weight, bias, norm.training, MOMENTUM, EPS), features.dtype)
 
     def _tokens(self, features: Tensor) -> Tensor:
         if self.site.feature_map:
             return features.flatten(2).mT
-        return features.reshape(features.shape[0], -1, features.shape[-1])
+        return features if features.ndim == 3 else features.reshape(features.shape[0], -1, features.shape[-1])
 
     def _added(self, update: Tensor, features: Tensor) -> Tensor:
         """The features plus the update (B, L, D), in the features' shape and dtype.
@@ -186,8 +187,8 @@ class SmearBlock(nn.Module):
         and autograd copies what it writes through a view.)
         """
         if self.site.feature_map:
-            update = update.mT.unflatten(2, features.shape[2:])
-        update = update.reshape(features.shape).to(features.dtype)
+            update = update.mT
+        update = cast(update.reshape(features.shape), features.dtype)
         return features + update if torch.is_grad_enabled() else update.add_(features)
 
     def to_float(self, device: torch.device | None, dtype: torch.dtype) -> SmearBlock:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from smear_peft.precision import at_least_float32, cast, without_autocast
 
 if TYPE_CHECKING:
     from smear_peft.generation import Generation
@@ -139,20 +141,14 @@ def pool(x: Tensor, mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: the mask has another shape; the message names `routing_mask`.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = at_least_float32(x.dtype)
     if mask is None:
-        return x.sum(1, dtype=dtype) / x.shape[1]
+        return x.mean(1, dtype=dtype)
     check_mask(x, mask)
     kept = (mask != 0).to(dtype)
     with without_autocast(x.device):
-        total = torch.bmm(kept.unsqueeze(1), x.to(dtype)).squeeze(1)
+        total = torch.bmm(kept.unsqueeze(1), cast(x, dtype)).squeeze(1)
     return total / kept.sum(1, keepdim=True).clamp(min=1)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off for a `with` block; free where it is off already, which costs more to say than a small product."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def check_mask(x: Tensor, mask: Tensor) -> None:

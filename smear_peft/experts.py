@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smear_peft.context import without_autocast
+from smear_peft.precision import cast, without_autocast
 from smear_peft.routing.mixture import Mixture, Use
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,6 +47,8 @@ class Expert(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Expert:
         """The same parameters in another dtype."""
+        if self.down.dtype == dtype:
+            return self
         return Expert(self.down.to(dtype), self.bias.to(dtype), self.up.to(dtype))
 
 
@@ -102,10 +104,12 @@ class BottleneckExperts(nn.Module):
         down, bias, up = self._stacked()
         if down.shape[0] == 1 and weights.shape[0] == 1:
             return Expert(down, bias, up)
-        dtype = torch.promote_types(weights.dtype, down.dtype)
+        if weights.dtype != down.dtype:
+            dtype = torch.promote_types(weights.dtype, down.dtype)
+            weights, down, bias, up = (theta.to(dtype) for theta in (weights, down, bias, up))
         with without_autocast(weights.device):
-            merged = (weights.to(dtype) @ theta.to(dtype).flatten(1) for theta in (down, bias, up))
-            return Expert(*(m.unflatten(1, theta.shape[1:]) for m, theta in zip(merged, (down, bias, up), strict=True)))
+            merged_down = (weights @ down.flatten(1)).view(-1, *down.shape[1:])
+            return Expert(merged_down, weights @ bias, (weights @ up.flatten(1)).view(-1, *up.shape[1:]))
 
     def gathered(self, down_index: Tensor, up_index: Tensor) -> Expert:
         """Expert down_index (R,) for the way down, up_index (R,) for the way up."""
@@ -115,17 +119,20 @@ class BottleneckExperts(nn.Module):
     def run(self, tokens: Tensor, expert: Expert) -> Tensor:
         """Tokens (R, L, D) through one expert per row, or through a single one: (R, L, D)."""
         act = ACTIVATIONS[self.activation]
-        if expert.down.shape[0] == 1:
-            return _shared(act(_shared(tokens, expert.down[0], expert.bias[0])), expert.up[0])
-        return _product(act(_product(tokens, expert.down, expert.bias)), expert.up)
+        if expert.down.shape[0] > 1:
+            return _product(act(_product(tokens, expert.down, expert.bias)), expert.up)
+        down, bias, up = expert.down[0], expert.bias[0], expert.up[0]
+        if _is_channels_first(tokens):
+            return _shared(act(_shared(tokens, down, bias)), up)
+        return (act(torch.addmm(bias, tokens.flatten(0, 1), down)) @ up).view(tokens.shape)
 
     def mix(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """Outputs of all experts on (R, L, D), averaged by weights (R, N): two products of width N r, nothing wider."""
-        down, bias, up = (theta.to(tokens.dtype) for theta in self._stacked())
+        down, bias, up = (cast(theta, tokens.dtype) for theta in self._stacked())
         experts, _, bottleneck = down.shape
         hidden = _shared(tokens, down.transpose(0, 1).flatten(1), bias.flatten())
         hidden = ACTIVATIONS[self.activation](hidden)
-        share = weights.to(hidden.dtype).repeat_interleave(bottleneck, 1).unsqueeze(1)  # (R, 1, N r)
+        share = cast(weights, hidden.dtype).repeat_interleave(bottleneck, 1).unsqueeze(1)  # (R, 1, N r)
         assert share.shape[-1] == experts * bottleneck
         return _shared(hidden * share, up.flatten(0, 1))
 
@@ -134,7 +141,7 @@ class BottleneckExperts(nn.Module):
         order = chosen.argsort()
         counts = torch.bincount(chosen, minlength=self.down.weight.shape[0]).tolist()
         pieces = tokens.index_select(0, order).split(counts)
-        experts = zip(*(theta.to(tokens.dtype).unbind(0) for theta in self._stacked()), strict=True)
+        experts = zip(*(cast(theta, tokens.dtype).unbind(0) for theta in self._stacked()), strict=True)
         act = ACTIVATIONS[self.activation]
         outputs = [
             _shared(act(_shared(piece, down, bias)), up)
@@ -145,13 +152,13 @@ class BottleneckExperts(nn.Module):
 
     def slots(self, tokens: Tensor, dispatch: Tensor, combine: Tensor) -> Tensor:
         """Each expert on its slots, weighted means of the positions of (B, L, D): dispatch, combine (B, L, N P)."""
-        down, bias, up = (theta.to(tokens.dtype) for theta in self._stacked())
+        down, bias, up = (cast(theta, tokens.dtype) for theta in self._stacked())
         experts = down.shape[0]
-        inputs = dispatch.to(tokens.dtype).mT @ tokens  # (B, N P, D)
+        inputs = cast(dispatch, tokens.dtype).mT @ tokens  # (B, N P, D)
         per_expert = inputs.unflatten(1, (experts, -1)).transpose(0, 1).flatten(1, 2)  # (N, B P, D)
         hidden = ACTIVATIONS[self.activation](torch.baddbmm(bias.unsqueeze(1), per_expert, down))
         outputs = torch.bmm(hidden, up).unflatten(1, (tokens.shape[0], -1)).transpose(0, 1).flatten(1, 2)
-        return _product(_like(combine.to(tokens.dtype), tokens), outputs)
+        return _product(_like(cast(combine, tokens.dtype), tokens), outputs)
 
     def forward(self, tokens: Tensor, mixture: Mixture, expert: Expert | None = None) -> Tensor:
         """What the mixture asks for, on tokens (R, L, D): (R, L, D), ungated unless several experts are summed.
@@ -181,7 +188,7 @@ class BottleneckExperts(nn.Module):
         assert mixture.chosen is not None
         assert mixture.gate is not None
         total = torch.zeros((), dtype=tokens.dtype, device=tokens.device)
-        for chosen, gate in zip(mixture.chosen.unbind(1), mixture.gate.to(tokens.dtype).unbind(1), strict=True):
+        for chosen, gate in zip(mixture.chosen.unbind(1), cast(mixture.gate, tokens.dtype).unbind(1), strict=True):
             one = Mixture(mixture.weights, Use.CHOOSE, chosen)
             total = total + self.forward(tokens, one) * gate[:, None, None]
         return total
@@ -197,8 +204,9 @@ class BottleneckExperts(nn.Module):
         return saved > experts * CALLS_OF_A_GROUP and not torch.compiler.is_compiling()
 
     def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.down.bias is not None
-        return self.down.weight, self.down.bias, self.up.weight
+        down = self.down
+        assert down.bias is not None
+        return down.weight, down.bias, self.up.weight
 
 
 def _is_channels_first(x: Tensor) -> bool:
@@ -214,12 +222,10 @@ def _like(x: Tensor, layout: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(R, L, i) by (R, i, o), plus bias (R, o): (R, L, o) in the memory layout of x."""
     if _is_channels_first(x):
-        if bias is None:
-            return torch.bmm(weight.mT, x.mT).mT
-        return torch.baddbmm(bias.unsqueeze(2), weight.mT, x.mT).mT
-    if bias is None:
-        return torch.bmm(x, weight)
-    return torch.baddbmm(bias.unsqueeze(1), x, weight)
+        product = torch.bmm(weight.mT, x.mT)
+        return product.mT if bias is None else product.add_(bias.unsqueeze(2)).mT
+    product = torch.bmm(x, weight)
+    return product if bias is None else product.add_(bias.unsqueeze(1))
 
 
 def _shared(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

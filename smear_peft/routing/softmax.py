@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smear_peft.precision import cast
 from smear_peft.routing.base import Query, Router, draw
 from smear_peft.routing.mixture import Mixture, Use
 
@@ -60,8 +61,9 @@ class SoftmaxGate(nn.Module):
         width = self.weight.shape[1:]
         dtype = pooled.dtype
         norm = self.input_norm
-        v = F.layer_norm(pooled, width, norm.weight.to(dtype), norm.bias.to(dtype), LAYER_NORM_EPS)
-        rows = F.layer_norm(self.weight.to(dtype), width, self.weight_norm.weight.to(dtype), None, LAYER_NORM_EPS)
+        v = F.layer_norm(pooled, width, cast(norm.weight, dtype), cast(norm.bias, dtype), LAYER_NORM_EPS)
+        gain = cast(self.weight_norm.weight, dtype)
+        rows = F.layer_norm(cast(self.weight, dtype), width, gain, None, LAYER_NORM_EPS)
         return F.linear(v, rows), v
 
 

@@ -1,0 +1,54 @@
+"""Interleaved medians of thread CPU time: ratios that hold on shared and noisy machines."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def medians(jobs: Mapping[str, Callable[[], object]], repeats: int, seed: int = 0) -> dict[str, float]:
+    """Median seconds of this thread's CPU time of each job.
+
+    The jobs take turns in a new random order each round. A round calls each one twice and times the second call, so
+    that every job finds caches and allocator as itself has left them.
+
+    Args:
+        jobs: name -> what to time.
+        repeats: rounds.
+        seed: of the order.
+    """
+    order = random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(repeats):
+        for name in order.sample(list(jobs), len(jobs)):
+            jobs[name]()
+            start = time.thread_time()
+            jobs[name]()
+            seconds[name].append(time.thread_time() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def forward(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    """`function(x)` without gradients."""
+
+    def job() -> None:
+        with torch.no_grad():
+            function(x)
+
+    return job
+
+
+def training(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> Callable[[], object]:
+    """`function(x)` and its backward pass, down to x and to the parameters that it uses."""
+    leaf = x.clone().requires_grad_()
+    towards = torch.ones_like(x)
+
+    def job() -> None:
+        torch.autograd.grad(function(leaf), [leaf, *parameters], towards, allow_unused=True)
+
+    return job
