@@ -118,6 +118,27 @@ def test_a_whole_model_that_is_checkpointed():
         close(a, b)
 
 
+def feed_forward_by_hand(reentrant: bool | None) -> dict[str, Tensor]:
+    """Gradients of a T5 whose decoder's second feed-forward layer is checkpointed by hand (None: not at all)."""
+    model = routed().train()
+    layer = model.get_base_model().decoder.block[1].layer[-1]
+    forward = layer.forward
+    if reentrant is not None:
+        layer.forward = lambda hidden: checkpoint(forward, hidden, use_reentrant=reentrant)
+    torch.manual_seed(0)
+    model(**t5_batch()).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_decoder_layer_that_is_checkpointed_by_hand():
+    expected, found = feed_forward_by_hand(None), feed_forward_by_hand(False)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        close(value, expected[name])
+    with pytest.raises(ValueError, match=r"gradient into the encoder twice.*use_reentrant=False"):
+        feed_forward_by_hand(True)
+
+
 @pytest.mark.parametrize("kind", ["chain", "t5", "timm"])
 def test_nothing_outlives_the_graph(kind):
     """T5's output holds the encoder's state, and a record of the decoder's context what was pooled from it."""
