@@ -32,6 +32,10 @@ def fresh():
     torch._dynamo.reset()
 
 
+# Dynamo of torch 2.9 cannot trace the context manager in PeftModel.forward, LoRA's neither.
+traces_peft = pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9 cannot trace PEFT's forward")
+
+
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
@@ -96,6 +100,7 @@ def test_a_block_is_one_graph(routing, mode):
 # --- whole models ---
 
 
+@traces_peft
 def test_a_model_is_one_graph():
     """The quick case: a model with a single stack and two sites, forward and training step."""
     config = SmearConfig(num_experts=3, bottleneck_dim=4, target_modules=["first", "act"])
@@ -109,6 +114,7 @@ def test_a_model_is_one_graph():
     assert graphs() == 1
 
 
+@traces_peft
 def test_a_t5_is_one_graph():
     """The quick case: masks, the encoder's state and the loss, without a backward."""
     model, batch = routed(tiny_t5(**SHALLOW)), t5_batch()

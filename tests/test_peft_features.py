@@ -110,6 +110,7 @@ def test_feature_maps_of_any_rank(conv, size, routing):
     close(model(x)[1:3], model(x[1:3]))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="Dynamo of torch 2.9 fails within itself on T5")
 def test_adapters_go_into_a_compiled_model():
     batch = t5_batch()
     wanted = routed(tiny_t5())(**batch).logits
