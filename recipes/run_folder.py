@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,31 @@ def writing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_other_run(folder: Path, config: Mapping[str, Any], may_change: Collection[str] = ()) -> None:
+    """Check that a folder holds nothing, or an earlier part of the run that is to be done.
+
+    Args:
+        folder: of a run, which may not be there yet.
+        config: the resolved settings, or those of them that decide.
+        may_change: names that say nothing about the result.
+
+    Raises:
+        ValueError: the folder's config.yaml says something else; the message names what.
+    """
+    if not (folder / "config.yaml").is_file():
+        return
+    before = read_yaml(folder / "config.yaml")
+    other = [
+        f"{name}={before.get(name)!r}, now {value!r}"
+        for name, value in config.items()
+        if before.get(name) != value and name not in may_change
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} holds a run with other settings: {'; '.join(other)}. Give another --output_dir, or remove it."
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -90,6 +90,11 @@ def _as_words(path: Path, names: list[str]) -> list[str]:
         raise ValueError(f"{path} holds a {type(values).__name__}; expected lines of the form name: value.")
     if unknown := [str(name) for name in values if name not in names]:
         raise ValueError(_unknown(unknown, names, str(path)))
+    return as_words(values)
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line; what is None or an empty list keeps its default."""
     words: list[str] = []
     for name, value in values.items():
         if value not in (None, []):

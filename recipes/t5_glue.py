@@ -41,6 +41,8 @@ from recipes.t5_settings import PAPER, Data, Job, Training, prepare, same_run
 from recipes.t5_trainer import PARTIAL, GlueTrainer, last_whole_checkpoint, token_loss
 from smear_peft.trainer import RoutedCollator
 
+CONTROL = "predictions_uniform_routes.jsonl"
+
 
 def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) -> dict[str, Any]:
     """Do a job, or the rest of it, and write its run folder.
@@ -69,6 +71,8 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) 
     # The frozen model, its tokens, and the order of training. One process writes the folder, all read it.
     with training.main_process_first(local=False):
         if training.should_save:
+            for name in ("metrics.json", CONTROL):  # of a run that is now made longer, or reported otherwise
+                (folder / name).unlink(missing_ok=True)
             write_yaml(folder / "config.yaml", config)
             shutil.rmtree(folder / PARTIAL, ignore_errors=True)
             if base.base == RANDOM and not (folder / "base").exists():
@@ -107,11 +111,12 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) 
 
     # Training, from the last whole checkpoint if there is one.
     checkpoint = last_whole_checkpoint(folder)
+    if checkpoint is not None and training.should_log:
+        print(f"goes on from {checkpoint}", flush=True)
     trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    kept = {"last": folder / f"checkpoint-{trainer.state.global_step}"}
-    if trainer.state.best_model_checkpoint is not None:
-        kept["best"] = Path(trainer.state.best_model_checkpoint)
-    steps = {name: int(path.name.partition("-")[2]) for name, path in kept.items()}
+    state = trainer.state
+    steps = {"last": state.global_step, **({} if state.best_global_step is None else {"best": state.best_global_step})}
+    kept = {name: folder / f"checkpoint-{step}" for name, step in steps.items()}
 
     # The test, with the adapter that is to be reported.
     if kept[job.report] != kept["last"]:
@@ -119,18 +124,22 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) 
     questions = Questions(rows["test"], templates, encoder)
     answers, routing = trainer.answer(questions, "testing")
     metrics = score(answers, job.scoring)
+    files = {"predictions.jsonl": answers}
     if job.uniform_control:
         with smear_peft.override_routes(model, lambda site, weights: torch.full_like(weights, 1 / weights.shape[1])):
-            metrics["uniform_routes"] = score(trainer.answer(questions, "testing uniform routes")[0], job.scoring)
+            control, _ = trainer.answer(questions, "testing uniform routes")
+        metrics["uniform_routes"] = score(control, job.scoring)
+        files[CONTROL] = control
     metrics |= {
         "reported": job.report,
         "reported_step": steps[job.report],
         "adapters": steps,
-        "validation": trainer.state.best_metric,
-        "steps": trainer.state.global_step,
+        "validation": state.best_metric,
+        "steps": state.global_step,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "rows": {task: {part: len(rows[part][task]) for part in rows} for task in glue},
-        "seconds": {"train": trained.metrics["train_runtime"]},
+        "resumed_from": 0 if checkpoint is None else int(checkpoint.name.partition("-")[2]),
+        "seconds": {"train": trained.metrics["train_runtime"]},  # since then
     }
 
     # The run folder. metrics.json is written last: a folder that has it is complete.
@@ -139,7 +148,8 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) 
         for name, path in folders.items():
             with writing(folder / name) as place:
                 copy_adapter(path, place)
-        write_lines(folder / "predictions.jsonl", answers)
+        for name, rows_of_file in files.items():
+            write_lines(folder / name, rows_of_file)
         write_json(folder / "routing.json", routing)
         write_text(folder / "README.md", glue_card(config, metrics))
         write_json(folder / "metrics.json", metrics)

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from transformers import Seq2SeqTrainingArguments
 
 from recipes.glue_data import HUB, TASKS
+from recipes.run_folder import refuse_other_run
 from recipes.t5_base import Adapter, Base
 
 # Trainer's settings that differ from its own defaults: the paper's appendix B.1, the published code where it is silent.
@@ -147,16 +147,6 @@ def prepare(data: Data, base: Base, adapter: Adapter, job: Job, training: Traini
 
 def same_run(config: dict[str, Any], folder: Path) -> None:
     """Refuse a folder that holds a run with other settings."""
-    if not (folder / "config.yaml").is_file():
-        return
-    before = yaml.safe_load((folder / "config.yaml").read_text())
     groups = [name for kind in (Data, Base, Adapter, Job) for name in kind.__dataclass_fields__]
-    other = [
-        f"{name}={before.get(name)!r}, now {config.get(name)!r}"
-        for name in (*groups, *DECISIVE)
-        if before.get(name) != config.get(name) and name not in ("report", "uniform_control")
-    ]
-    if other:
-        raise ValueError(
-            f"{folder} holds a run with other settings: {'; '.join(other)}. Give another --output_dir, or remove it."
-        )
+    decisive = {name: config.get(name) for name in (*groups, *DECISIVE)}
+    refuse_other_run(folder, decisive, may_change=("report", "uniform_control"))

@@ -153,8 +153,8 @@ class GlueTrainer(SmearSeq2SeqTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._saves_to = None
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(folder / name)  # where it will be, not where it was written
+        if self.state.best_global_step is not None:  # where it will be, not where it was written or the folder once lay
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(folder / PARTIAL / name / "trainer_state.json"))

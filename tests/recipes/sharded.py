@@ -1,4 +1,4 @@
-"""A program for two processes: a model sharded by FSDP2 generates what the whole one does (test_t5_glue.py)."""
+"""A program for two processes: a model sharded by FSDP2 generates what the whole one does (test_t5_processes.py)."""
 
 import sys
 

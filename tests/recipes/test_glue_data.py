@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import pytest
@@ -102,16 +103,44 @@ def test_the_data_seed_decides_the_splits():
 # Sources
 
 
-def as_parquet(folder: Path, task: str, classes: bool = True) -> None:
-    """The built-in rows as the Hub has them: `<task>/<split>-0000i-of-0000n.parquet`, labels as ClassLabel."""
+def as_on_the_hub(task: str, classes: bool = True) -> datasets.DatasetDict:
+    """The built-in rows, labels as ClassLabel."""
+    splits = {}
     for file in (TINY / task).glob("*.jsonl"):
         rows = datasets.Dataset.from_list([json.loads(line) for line in file.open()])
         if classes and TASKS[task].labels:
             rows = rows.cast_column("label", datasets.ClassLabel(names=list(TASKS[task].labels)))
-        (folder / task).mkdir(parents=True, exist_ok=True)
+        splits[file.stem] = rows
+    return datasets.DatasetDict(splits)
+
+
+def as_parquet(folder: Path, task: str, classes: bool = True) -> None:
+    """As the Hub's files: `<task>/<split>-0000i-of-0000n.parquet`."""
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    for split, rows in as_on_the_hub(task, classes).items():
         for part in range(2):
             shard = rows.shard(2, part, contiguous=True)
-            shard.to_parquet(folder / task / f"{file.stem}-0000{part}-of-00002.parquet")
+            shard.to_parquet(folder / task / f"{split}-0000{part}-of-00002.parquet")
+
+
+def as_downloaded(cache: Path, task: str) -> None:
+    """As `datasets` keeps what it once had from the Hub."""
+    splits = as_on_the_hub(task)
+
+    class Builder(datasets.ArrowBasedBuilder):
+        BUILDER_CONFIGS: ClassVar = [datasets.BuilderConfig(name=task)]
+
+        def _info(self):
+            return datasets.DatasetInfo(features=next(iter(splits.values())).features)
+
+        def _split_generators(self, dl_manager):
+            return [datasets.SplitGenerator(name=name, gen_kwargs={"name": name}) for name in splits]
+
+        def _generate_tables(self, name):
+            yield 0, splits[name].data.table
+
+    builder = Builder(cache_dir=str(cache), config_name=task, dataset_name="glue", repo_id=HUB, hash="revision")
+    builder.download_and_prepare(verification_mode="no_checks")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -156,6 +185,17 @@ def test_surplus_columns_are_left_out_and_idx_is_made_if_missing(tmp_path):
     train = load_glue(rte_folder(tmp_path, rows), ["rte"])["rte"].train
     assert train.column_names == ["sentence1", "sentence2", "label", "idx"]
     assert train["idx"][:] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("task", ["mnli", "stsb"])
+def test_what_was_once_had_from_the_hub_gives_the_same_rows(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    as_downloaded(tmp_path, task)
+    lines, hub = load_glue("tiny", [task])[task], load_glue(tasks=[task])[task]
+    for a, b in zip(lines, hub, strict=True):
+        assert a.features == b.features
+        assert list(a) == list(b)
 
 
 def test_without_the_hub_the_message_says_what_works(monkeypatch):
