@@ -164,20 +164,16 @@ class SmearBlock(nn.Module):
         norm = self.norm
         if not isinstance(norm, nn.BatchNorm2d):
             return features
-        mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None
+        stats, variance = norm.running_mean, norm.running_var
+        assert stats is not None
         assert variance is not None
-        if norm.training:  # autograd keeps what it is given, but DDP writes into buffers before the next forward
-            mean, variance = mean.clone(), variance.clone()
-        weight, bias, x = (cast(tensor, mean.dtype) for tensor in (norm.weight, norm.bias, features))
-        out = F.batch_norm(x, mean, variance, weight, bias, norm.training, MOMENTUM, EPS)
-        if norm.training and not recomputed:  # a recomputation's forward has done it
-            for buffer, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-                assert buffer is not None
-                buffer.copy_(value)
-            assert norm.num_batches_tracked is not None
+        assert norm.num_batches_tracked is not None
+        if norm.training and recomputed:
+            stats, variance = stats.clone(), variance.clone()  # the forward itself has updated them
+        elif norm.training:
             norm.num_batches_tracked.add_(1)
-        return cast(out, features.dtype)
+        weight, bias, x = (cast(tensor, stats.dtype) for tensor in (norm.weight, norm.bias, features))
+        return cast(F.batch_norm(x, stats, variance, weight, bias, norm.training, MOMENTUM, EPS), features.dtype)
 
     def _tokens(self, features: Tensor) -> Tensor:
         if self.site.feature_map:
