@@ -29,9 +29,11 @@ from recipes import digits
 from recipes.figures import contact_sheet, routing_heatmap
 from recipes.image_models import save_base
 from recipes.image_scoring import accuracies, predict
-from recipes.image_set import ImageSet, Splits
-from recipes.image_training import TrainingSettings, normalised, resized, train
-from recipes.resnet_domainnet import ImageJob, classes_of, job_settings, run
+from recipes.image_set import LabelledImages, Splits
+from recipes.image_settings import DIGITS, ImageJob, TrainingSettings
+from recipes.image_training import train
+from recipes.image_views import normalised
+from recipes.resnet_domainnet import classes_of, job_settings, run
 from recipes.run_card import loading_lines
 from recipes.run_folder import read_json, writing
 from recipes.settings import parse
@@ -91,16 +93,16 @@ def pretrain(demo: Demo, data: Splits, folder: Path) -> dict[str, Any]:
     # Crops, and blocks that count from the start, keep the last layer's variances from collapsing on so few images:
     # divided by them, the other domains' features would be tens of times too large for any adapter to mend.
     base = timm.create_model("resnet18", num_classes=classes_of(data), zero_init_last=False)
-    settings = TrainingSettings(steps=demo.base_steps, batch_size=demo.batch_size, min_crop=0.5, seed=demo.seed)
+    settings = TrainingSettings(steps=demo.base_steps, min_crop=0.5, **_budget(demo))
     plain = data.train.only("plain")
     train(base, plain, settings, label="training the base on plain digits")
     # So short a training leaves the running statistics far behind the weights: take them anew.
     update_bn(
-        (normalised(resized(images, settings.image_size)) for images in plain.images.split(demo.batch_size)), base
+        (normalised(plain.centred(i, digits.SIZE, 1.0)) for i in torch.arange(len(plain)).split(demo.batch_size)), base
     )
     with writing(folder) as place:
         save_base(base, place)
-    return accuracies(predict(base, data.test, settings.image_size).labels, data.test)
+    return accuracies(predict(base, data.test, settings).labels, data.test)
 
 
 def accuracy_table(rows: dict[str, dict[str, Any]], domains: list[str]) -> Table:
@@ -119,10 +121,22 @@ def accuracy_table(rows: dict[str, dict[str, Any]], domains: list[str]) -> Table
 
 def _job(demo: Demo, output: Path, **method: Any) -> ImageJob:
     base = f"local-dir:{output / 'base'}"
-    return ImageJob(base=base, steps=demo.steps, batch_size=demo.batch_size, seed=demo.seed, **method)
+    return ImageJob(dataset=DIGITS, base=base, steps=demo.steps, min_crop=1.0, report="last", **_budget(demo), **method)
 
 
-def _thinned(part: ImageSet, most: int) -> ImageSet:
+def _budget(demo: Demo) -> dict[str, Any]:
+    """Of the base and of both adapters: whole images, no selection."""
+    return {
+        "batch_size": demo.batch_size,
+        "image_size": digits.SIZE,
+        "test_crop": 1.0,
+        "flip": False,
+        "eval_steps": 0,
+        "seed": demo.seed,
+    }
+
+
+def _thinned(part: LabelledImages, most: int) -> LabelledImages:
     """At most so many images, evenly over the domains."""
     return part.select(torch.linspace(0, len(part) - 1, min(most, len(part))).long())
 

@@ -96,12 +96,13 @@ def load_splits(seed: int = 42) -> Splits:
 
 
 def _part(images: list[Array], target: Array, digits: Array) -> ImageSet:
+    whole = np.concatenate([of_domain[digits] for of_domain in images])
     return ImageSet(
-        torch.from_numpy(np.concatenate([of_domain[digits] for of_domain in images])).permute(0, 3, 1, 2).contiguous(),
-        torch.from_numpy(np.tile(target[digits], len(images))).long(),
-        torch.arange(len(images)).repeat_interleave(len(digits)),
-        [f"{domain}/{target[digit]}/{digit:04d}" for domain in DOMAINS for digit in digits],
-        list(DOMAINS),
+        images=torch.from_numpy(whole).permute(0, 3, 1, 2).contiguous(),
+        labels=torch.from_numpy(np.tile(target[digits], len(images))).long(),
+        domains=torch.arange(len(images)).repeat_interleave(len(digits)),
+        names=[f"{domain}/{target[digit]}/{digit:04d}" for domain in DOMAINS for digit in digits],
+        domain_names=list(DOMAINS),
     )
 
 

@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from recipes.image_scoring import Routing
-from recipes.image_set import ImageSet
+from recipes.image_set import LabelledImages
 
 
 def routing_heatmap(routing: Routing, path: Path, title: str) -> None:
@@ -48,20 +49,22 @@ def routing_heatmap(routing: Routing, path: Path, title: str) -> None:
     figure.savefig(path)
 
 
-def contact_sheet(images: ImageSet, path: Path, columns: int = 12) -> None:
+def contact_sheet(images: LabelledImages, path: Path, columns: int = 12, size: int = 32) -> None:
     """The first images of each domain, one domain a row.
 
     Args:
         images: of several domains.
         path: PNG to write.
         columns: images in a row.
+        size: pixels of a side of each.
     """
     names = images.domain_names
     figure = Figure(figsize=(1.0 + 0.62 * columns, 0.66 * len(names)), dpi=120)
     FigureCanvasAgg(figure)
     for row, name in enumerate(names):
-        first = images.only(name).images[:columns]
-        strip = first.permute(2, 0, 3, 1).reshape(first.shape[2], -1, 3).numpy()  # (H, columns W, 3)
+        some = images.only(name)
+        first = some.centred(torch.arange(min(columns, len(some))), size, 1.0)
+        strip = first.permute(2, 0, 3, 1).reshape(size, -1, 3).numpy()  # (H, columns W, 3)
         panel = figure.add_axes((0.11, 1 - (row + 1) / len(names), 0.88, 0.94 / len(names)))
         panel.imshow(strip, aspect="auto", interpolation="nearest")
         panel.set_xticks([])

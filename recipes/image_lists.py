@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
+from multiprocessing import Pool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recipes.image_set import ImageSet, Splits
+from recipes.image_files import UNREADABLE, ImageFiles, decode
+from recipes.image_set import ImageSet, LabelledImages, Splits
 
 log = logging.getLogger(__name__)
 
 VALIDATION_SHARE = 0.2
 VALIDATION_SEED = 42
 NAMED = 5
+MISSING = "missing"
 
 
 class Entry(NamedTuple):
@@ -87,32 +89,17 @@ def hold_out(train_lists: list[list[Entry]], share: float = VALIDATION_SHARE) ->
     return train, validation
 
 
-def decode(path: Path, size: int | None) -> Tensor:
-    """One image as uint8 RGB (3, H, W); `size` in pixels makes it square (shorter side scaled, then centred crop).
-
-    Raises:
-        OSError: the file is missing or is no whole image.
-    """
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    if size is not None and image.size != (size, size):
-        scale = size / min(image.size)
-        wide, high = (max(size, round(side * scale)) for side in image.size)
-        left, top = (wide - size) // 2, (high - size) // 2
-        image = image.resize((wide, high), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-
-
 def load_images(
-    root: Path, entries: list[Entry], domain_names: list[str], size: int, on_bad_image: str = "error"
-) -> ImageSet:
-    """Decode the images of `entries` into memory.
+    root: Path, entries: list[Entry], domain_names: list[str], size: int | None, on_bad_image: str = "error"
+) -> LabelledImages:
+    """The images of `entries`, in memory or to be decoded when they are needed.
 
     Args:
         root: the folder that the entries' paths start from.
         entries: what to read.
         domain_names: names of the domains that the entries count.
-        size: pixels of a side.
+        size: pixels of a side in memory; None: leave them in their files. Then all files must be there, and only with
+            "skip" each of them is opened beforehand: otherwise a broken one is an error when its turn comes.
         on_bad_image: "error", or "skip" to go on without missing and broken files (they are logged and listed).
 
     Raises:
@@ -121,44 +108,79 @@ def load_images(
     """
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image={on_bad_image!r} is unknown; possible: error, skip.")
-    images, good, bad = [], [], []
-    for entry in tqdm(entries, desc="reading images", leave=False):
-        try:
-            images.append(decode(root / entry.path, size))
-            good.append(entry)
-        except FileNotFoundError:
-            bad.append(f"{entry.path} (missing)")
-        except (OSError, SyntaxError, ValueError) as error:
-            bad.append(f"{entry.path} (broken: {error})")
+    paths = [root / entry.path for entry in entries]
+    found: list[Tensor | str | None]
+    if size is not None:
+        found = [read(path, size) for path in tqdm(paths, desc="reading images", leave=False)]
+    elif on_bad_image == "error":
+        found = [None if path.is_file() else MISSING for path in tqdm(paths, desc="looking for images", leave=False)]
+    else:
+        with Pool() as pool:
+            checks = pool.imap(check, paths, chunksize=64)
+            found = list(tqdm(checks, desc="checking images", total=len(paths), leave=False))
+    bad = [f"{entry.path} ({fault})" for entry, fault in zip(entries, found, strict=True) if isinstance(fault, str)]
     if bad:
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         message = f"{len(bad)} of {len(entries)} images in {root} cannot be read: {', '.join(bad[:NAMED])}{more}."
         if on_bad_image == "error":
             raise OSError(f"{message} Repair them, or leave them out with --on_bad_image skip.")
         log.warning("%s They are left out.", message)
+    good = [entry for entry, fault in zip(entries, found, strict=True) if not isinstance(fault, str)]
     if not good:
         raise ValueError(f"No image is left of the {len(entries)} that the lists in {root} name.")
-    labels, domains = torch.tensor([e.label for e in good]), torch.tensor([e.domain for e in good])
-    return ImageSet(torch.stack(images), labels, domains, [e.path for e in good], domain_names, bad)
+    facts: dict[str, Any] = {
+        "labels": torch.tensor([entry.label for entry in good]),
+        "domains": torch.tensor([entry.domain for entry in good]),
+        "names": [entry.path for entry in good],
+        "domain_names": domain_names,
+        "skipped": bad,
+    }
+    if size is None:
+        return ImageFiles(root=root, **facts)
+    return ImageSet(images=torch.stack([image for image in found if isinstance(image, Tensor)]), **facts)
+
+
+def read(path: Path, size: int) -> Tensor | str:
+    """A decoded image, or what is wrong with its file."""
+    try:
+        return decode(path, size)
+    except FileNotFoundError:
+        return MISSING
+    except UNREADABLE as error:
+        return f"broken: {error}"
+
+
+def check(path: Path) -> str | None:
+    """What is wrong with an image file, if anything."""
+    fault = read(path, 1)
+    return fault if isinstance(fault, str) else None
 
 
 def load_splits(
     root: Path,
-    size: int,
+    size: int | None,
     validation_share: float = VALIDATION_SHARE,
     test_list: str = "test",
     on_bad_image: str = "error",
+    domains: Sequence[str] = (),
 ) -> Splits:
     """A whole data set in the list format: train, validation (may be empty), test.
 
     Args:
         root: folder with the lists and the images.
-        size: pixels of a side of the images in memory.
+        size: pixels of a side of the images in memory; None: they stay in their files.
         validation_share: of each domain's train list.
         test_list: "test" reads `<domain>_test.txt`.
         on_bad_image: as in `load_images`.
+        domains: only these, in this order; none: all, by alphabet.
+
+    Raises:
+        ValueError: a domain is not there.
     """
-    names = find_domains(root)
+    there = find_domains(root)
+    if missing := [name for name in domains if name not in there]:
+        raise ValueError(f"{root} has no domain {', '.join(missing)}; it has {', '.join(there)}.")
+    names = list(domains) or there
     train, validation = hold_out([read_list(root / f"{n}_train.txt", i) for i, n in enumerate(names)], validation_share)
     test = [entry for i, n in enumerate(names) for entry in read_list(root / f"{n}_{test_list}.txt", i)]
     whole = load_images(root, [*train, *validation, *test], names, size, on_bad_image)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import peft
 import timm
+import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import freeze_batch_norm_2d
-from torch import nn
+from torch import Tensor, nn
 
 import smear_peft
+from recipes.image_settings import located
 from smear_peft import SmearConfig
 
 HEAD = "fc"
-PROBE = "linear_probe"
+STATISTICS = "base_batch_norm.safetensors"
 
 
 def load_base(base: str, weights: str | None = None) -> nn.Module:
@@ -23,13 +26,13 @@ def load_base(base: str, weights: str | None = None) -> nn.Module:
     Args:
         base: a name that `timm.create_model` takes: resnet18.tv_in1k (from the Hub), local-dir:<folder>, or a bare
             architecture if `weights` is given.
-        weights: safetensors file of the whole model under timm's names, of any float type.
+        weights: safetensors file of the whole model under timm's names, of any float type; may start with $SMEAR_DATA.
 
     Raises:
         ConnectionError: the weights are on the Hub, which cannot be reached.
     """
     if weights is not None:
-        state = {name: tensor.float() for name, tensor in load_file(weights).items()}
+        state = {name: tensor.float() for name, tensor in load_file(located(weights)).items()}
         model = timm.create_model(base, num_classes=state[f"{HEAD}.weight"].shape[0])
         model.load_state_dict(state)
         return model
@@ -47,32 +50,21 @@ def save_base(model: nn.Module, folder: Path) -> None:
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
 
 
-def adapt(
-    base: nn.Module, routing: str, num_experts: int, bottleneck_dim: int, domains: list[str], classes: int
-) -> nn.Module:
-    """Put what is to be trained on a base: all else is frozen, BatchNorm statistics included.
+def adapt(base: nn.Module, config: SmearConfig | None, classes: int) -> nn.Module:
+    """Put what is to be trained on a base: all else is frozen, BatchNorm statistics included unless they may drift.
 
     Args:
         base: a timm ResNet; it is changed.
-        routing: one of `smear_peft.ROUTINGS`, or "linear_probe" for a new head alone.
-        num_experts: N at each site.
-        bottleneck_dim: r, width of one expert.
-        domains: names of the domains, in the order of the routing tags.
+        config: of the adapter; None for a linear probe, a new head alone.
         classes: outputs of the new head.
     """
     base.reset_classifier(classes)  # type: ignore[operator]
-    if routing == PROBE:
+    if config is None:
         base.requires_grad_(False)
         probe = freeze_batch_norm_2d(base)
         probe.get_submodule(HEAD).requires_grad_(True)
         return probe
-    config = SmearConfig(
-        routing=routing,
-        num_experts=num_experts,
-        bottleneck_dim=bottleneck_dim,
-        tasks=list(domains),
-        modules_to_save=[HEAD],
-    )
+    config.modules_to_save = [HEAD]
     return peft.get_peft_model(base, config)
 
 
@@ -83,10 +75,12 @@ def is_routed(model: nn.Module) -> bool:
 
 def save_adapted(model: nn.Module, folder: Path) -> None:
     """Write what was trained, without the base."""
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, peft.PeftModel):
         model.save_pretrained(str(folder))
+        if statistics := drifted_statistics(model):
+            save_file(statistics, folder / STATISTICS)
         return
-    folder.mkdir(parents=True)
     save_file(model.get_submodule(HEAD).state_dict(), folder / "head.safetensors")
 
 
@@ -96,7 +90,38 @@ def load_adapted(base: nn.Module, folder: Path, classes: int) -> nn.Module:
     if (folder / "head.safetensors").is_file():
         base.get_submodule(HEAD).load_state_dict(load_file(folder / "head.safetensors"))
         return base
-    return smear_peft.load(base, str(folder))
+    model = smear_peft.load(base, str(folder))
+    if (folder / STATISTICS).is_file():
+        model.load_state_dict(load_file(folder / STATISTICS), strict=False)
+    return model
+
+
+def drifted_statistics(model: peft.PeftModel) -> dict[str, Tensor]:
+    """The base's running statistics, where training may have moved them: an adapter's file does not hold them."""
+    config = model.peft_config[model.active_adapter]
+    if getattr(config, "base_batch_norm", "frozen") == "frozen":
+        return {}
+    return {name: buffer for name, buffer in model.named_buffers() if ".smear_" not in name}
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name: parameters that it moves, and all running statistics."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return trained | dict(model.named_buffers())
+
+
+def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters and buffers of the same names.
+
+    Raises:
+        KeyError: the model has no such tensor, or misses one that it trains.
+    """
+    own = trained_tensors(model)
+    if own.keys() != tensors.keys():
+        raise KeyError(f"Tensors of another model: {', '.join(sorted(own.keys() ^ tensors.keys())[:5])}.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
 
 def count_trained(model: nn.Module) -> dict[str, int]:

@@ -6,15 +6,20 @@ import time
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import smear_peft
+from recipes.image_batches import Batch, scoring_batches
 from recipes.image_models import is_routed
-from recipes.image_set import ImageSet
-from recipes.image_training import normalised, resized
+from recipes.image_set import LabelledImages
+from recipes.image_settings import TrainingSettings
+from recipes.processes import processes
+from smear_peft.metrics.domain_accuracy.domain_accuracy import domain_accuracies
 
 DIGITS = 6
+ROUTED = ("x", "routing_tags", "example_ids")
 Routing = dict[str, dict[str, list[float]]]
 
 
@@ -22,7 +27,7 @@ class Predictions(NamedTuple):
     """What a model said about M images.
 
     Attributes:
-        labels: (M,), the likeliest classes.
+        labels: (M,), the likeliest classes; -1 for an image that could not be read.
         routing: site -> domain -> mean routing distribution over the N experts; empty without adapters.
         seconds: that it took.
     """
@@ -32,56 +37,83 @@ class Predictions(NamedTuple):
     seconds: float
 
 
+def on_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
+    """A batch where the model is."""
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if channels_last:
+        moved["x"] = moved["x"].contiguous(memory_format=torch.channels_last)
+    return moved
+
+
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: ImageSet, image_size: int, batch_size: int = 128, label: str = "testing"
+    model: nn.Module, images: LabelledImages, settings: TrainingSettings, label: str = "testing"
 ) -> Predictions:
-    """Run a model in evaluation mode over whole images."""
-    device = next(model.parameters()).device
-    model.eval()
-    labels, ids = [], images.example_ids()
-    sums: dict[str, Tensor] = {}
-    start = time.perf_counter()
-    for index in tqdm(torch.arange(len(images)).split(batch_size), desc=label, leave=False):
-        x = normalised(resized(images.images[index], image_size)).to(device)
-        if not is_routed(model):
-            labels.append(model(x).argmax(-1).cpu())
-            continue
-        tags = images.domains[index].to(device)
-        with smear_peft.trace(model) as routes:
-            output = model(x=x, routing_tags=tags, example_ids=ids[index].to(device))
-        labels.append(output.argmax(-1).cpu())
-        for site, weights in routes.weights.items():
-            total = sums.setdefault(site, torch.zeros(len(images.domain_names), weights.shape[1], device=device))
-            total.index_add_(0, tags, weights.float())
-    seconds = time.perf_counter() - start
-    return Predictions(torch.cat(labels), _means(sums, images), seconds)
-
-
-def _means(sums: dict[str, Tensor], images: ImageSet) -> Routing:
-    counts = torch.bincount(images.domains, minlength=len(images.domain_names)).clamp(min=1)
-    routing: Routing = {}
-    for site, total in sums.items():
-        rows = (total.cpu().double() / counts[:, None]).tolist()
-        rounded = ([round(weight, DIGITS) for weight in row] for row in rows)
-        routing[site] = dict(zip(images.domain_names, rounded, strict=True))
-    return routing
-
-
-def accuracies(predicted: Tensor, images: ImageSet) -> dict[str, Any]:
-    """Shares of right predictions, in [0, 1].
+    """Run a model in evaluation mode over the centres of images; every process takes its share and returns everything.
 
     Args:
-        predicted: (M,), classes.
+        model: not wrapped for several processes.
+        images: M of them.
+        settings: size of the images and of the batches.
+        label: of the progress bar.
+    """
+    state, device = processes(), next(model.parameters()).device
+    model.eval()
+    found: list[tuple[Tensor, Tensor]] = []
+    sums: dict[str, Tensor] = {}
+    start = time.perf_counter()
+    batches = scoring_batches(images, settings, state.process_index, state.num_processes)
+    for cpu_batch in tqdm(batches, desc=label, leave=False, disable=None if state.is_main_process else True):
+        batch = on_device(cpu_batch, device, settings.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            if is_routed(model):
+                with smear_peft.trace(model) as routes:
+                    output = model(**{name: batch[name] for name in ROUTED})
+                for site, weights in routes.weights.items():
+                    zeros = torch.zeros(len(images.domain_names), weights.shape[1], device=device)
+                    sums.setdefault(site, zeros).index_add_(0, batch["routing_tags"], weights.float())
+            else:
+                output = model(batch["x"])
+        found.append((batch["index"].cpu(), output.argmax(-1).cpu()))
+    labels = torch.full((len(images),), -1)
+    for index, classes in gather_object(found):
+        labels[index] = classes
+    totals = gather_object([{site: total.cpu().double() for site, total in sums.items()}])
+    seconds = time.perf_counter() - start
+    counts = torch.bincount(images.domains[labels >= 0], minlength=len(images.domain_names)).clamp(min=1)
+    routing: Routing = {}
+    for site in totals[0]:
+        rows = (sum(total[site] for total in totals if site in total) / counts[:, None]).tolist()
+        rounded = ([round(weight, DIGITS) for weight in row] for row in rows)
+        routing[site] = dict(zip(images.domain_names, rounded, strict=True))
+    return Predictions(labels, routing, seconds)
+
+
+def accuracies(predicted: Tensor, images: LabelledImages) -> dict[str, Any]:
+    """Shares of right predictions, in [0, 1], by the metric `domain_accuracy`.
+
+    Args:
+        predicted: (M,), classes; -1 for images that do not count.
         images: the M images.
 
     Returns:
-        "domains": one per domain; "micro": over all images (the paper's "Final"); "macro": mean over domains.
+        As `by_domain`.
     """
-    right = (predicted == images.labels).double()
-    present = [(i, name) for i, name in enumerate(images.domain_names) if (images.domains == i).any()]
-    domains = {name: right[images.domains == i].mean().item() for i, name in present}
-    return {"domains": domains, "micro": right.mean().item(), "macro": sum(domains.values()) / len(domains)}
+    kept = (predicted >= 0).nonzero().squeeze(1)
+    domains = [images.domain_names[d] for d in images.domains[kept].tolist()]
+    return by_domain(predicted[kept].tolist(), images.labels[kept].tolist(), domains)
+
+
+def by_domain(predictions: list[int], labels: list[int], domains: list[str]) -> dict[str, Any]:
+    """Shares of right predictions, in [0, 1].
+
+    Returns:
+        "domains": one per domain, in the order in which they first occur; "micro": over all images (the paper's
+        "Final"); "macro": mean over domains.
+    """
+    found = domain_accuracies(predictions, labels, domains)
+    ordered = {name: found[f"accuracy_{name}"] for name in dict.fromkeys(domains)}
+    return {"domains": ordered, "micro": found["accuracy_micro"], "macro": found["accuracy_macro"]}
 
 
 def uniform(site: str, weights: Tensor) -> Tensor:

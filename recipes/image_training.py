@@ -1,41 +1,45 @@
-"""The plain training loop of the image recipes: batches in a seeded order, augmentation, Adam, clipping."""
+"""The plain training loop of the image recipe: Accelerate, Adam, clipping, validation, checkpoints."""
 
 from __future__ import annotations
 
-import math
+import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import smear_peft
+from recipes.image_batches import Batch, training_batches
+from recipes.image_checkpoint import Progress, load_checkpoint, save_checkpoint
 from recipes.image_models import is_routed
-from recipes.image_set import ImageSet
+from recipes.image_scoring import ROUTED, accuracies, on_device, predict
+from recipes.image_set import LabelledImages
+from recipes.image_settings import TrainingSettings
+from recipes.processes import processes
+from smear_peft.temperature import anneal_temperature
 
-ASPECT_RATIOS = (3 / 4, 4 / 3)
+log = logging.getLogger(__name__)
 
-
-@dataclass
-class TrainingSettings:
-    """How long, how fast, on what views of the images."""
-
-    steps: int = field(default=300, metadata={"help": "Updates."})
-    batch_size: int = field(default=64, metadata={"help": "Images per update."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's, constant (paper)."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clipping of the gradient's norm (published code)."})
-    image_size: int = field(default=32, metadata={"help": "Pixels of a side that the model sees."})
-    min_crop: float = field(default=1.0, metadata={"help": "Least share of the area in a random crop; 1: no crops."})
-    flip: bool = field(default=False, metadata={"help": "Mirror half of the images."})
-    seed: int = field(default=0, metadata={"help": "Of the head, the adapter, the order and the crops."})
+LOSS_SHOWN_EVERY = 10
+MUCH_WAITING = 0.3
+OTHER_STREAM = 10_007
 
 
-def train(model: nn.Module, images: ImageSet, settings: TrainingSettings, label: str = "training") -> float:
+def train(
+    model: nn.Module,
+    images: LabelledImages,
+    settings: TrainingSettings,
+    validation: LabelledImages | None = None,
+    checkpoint: Path | None = None,
+    label: str = "training",
+) -> Progress:
     """Train whatever in `model` requires gradients, for `settings.steps` updates.
 
     The order of the images and their crops depend on the seed alone, so that two models see the same batches.
@@ -44,93 +48,108 @@ def train(model: nn.Module, images: ImageSet, settings: TrainingSettings, label:
         model: a timm ResNet, with or without SMEAR adapters; left on the device where it was trained.
         images: what to train on.
         settings: budget and augmentation.
+        validation: what to choose the best by, every `settings.eval_steps` updates and at the end.
+        checkpoint: file to write then, and to go on from if it is there.
         label: name of the progress bar.
 
     Returns:
-        Seconds.
+        The whole training's, with the best of it if there was a validation.
     """
-    accelerator = Accelerator()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model, optimizer = accelerator.prepare(model, torch.optim.Adam(trained, lr=settings.learning_rate))
-    model.train()
-    loss_of = routed_step if is_routed(accelerator.unwrap_model(model)) else plain_step
-    generator = torch.Generator().manual_seed(settings.seed)
-    ids = images.example_ids()
-    start = time.perf_counter()
-    batches = in_random_order(len(images), settings.batch_size, settings.steps, generator)
-    for index in (bar := tqdm(batches, desc=label, total=settings.steps)):
-        views = augment(images.images[index], settings, generator)
-        batch = {"x": normalised(views), "routing_tags": images.domains[index], "example_ids": ids[index]}
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        loss = loss_of(model, batch, images.labels[index].to(accelerator.device))
+    processes()
+    accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if settings.batch_size % world:
+        raise ValueError(f"batch_size={settings.batch_size} is no multiple of {world} processes.")
+    if rank:  # its own expert dropout
+        torch.manual_seed(settings.seed + OTHER_STREAM * rank)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    plain, trained = model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = smear_peft.parameter_groups(model, settings.learning_rate, settings.skill_factor)
+    model, optimizer = accelerator.prepare(model, torch.optim.Adam(groups, lr=settings.learning_rate))
+    progress = Progress()
+    if checkpoint is not None and checkpoint.is_file():
+        progress = load_checkpoint(checkpoint, plain, optimizer, accelerator)
+    routed = is_routed(plain)
+    loss_of = routed_step if routed else plain_step
+
+    batches = iter(training_batches(images, settings, progress.step, rank, world))
+    silent = None if accelerator.is_main_process else True
+    bar = tqdm(desc=label, total=settings.steps, initial=progress.step, disable=silent)
+    first = progress.step
+    for step in range(first, settings.steps):
+        start = time.perf_counter()
+        batch = on_device(next(batches), accelerator.device, settings.channels_last)
+        progress.waiting += time.perf_counter() - start
+        if step == first or not model.training:
+            training_mode(model, settings)
+        if routed and (step == first or step % settings.anneal_every == 0):
+            anneal_temperature(plain, step - 1, settings.anneal_every)
+        loss = loss_of(model, batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    return time.perf_counter() - start
+        progress.step = step + 1
+        progress.seconds += time.perf_counter() - start
+        bar.update()
+        if step % LOSS_SHOWN_EVERY == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        last = progress.step == settings.steps
+        if settings.eval_steps and (last or progress.step % settings.eval_steps == 0):
+            entry: dict[str, Any] = {
+                "step": progress.step,
+                "loss": round(loss.item(), 4),
+                "seconds": round(progress.seconds, 1),
+            }
+            if validation is not None:
+                align_buffers(plain, world)
+                scores = accuracies(predict(plain, validation, settings, "validating").labels, validation)
+                progress.notice(plain, scores["micro"])
+                entry["validation"] = scores
+            progress.log.append(entry)
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, progress, plain, optimizer, accelerator)
+    bar.close()
+    align_buffers(plain, world)
+    if progress.waiting > MUCH_WAITING * progress.seconds:
+        log.warning(
+            "The loader, not the model, is the bottleneck: %.0f of %.0f s went into waiting for images.",
+            progress.waiting,
+            progress.seconds,
+        )
+    return progress
 
 
-LossOfStep = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
+LossOfStep = Callable[[nn.Module, Batch], Tensor]
 
 
-def plain_step(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+def plain_step(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy of a model without adapters, which knows no routing arguments."""
-    return F.cross_entropy(model(batch["x"]), labels)
+    return F.cross_entropy(model(batch["x"]), batch["labels"])
 
 
-def routed_step(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+def routed_step(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy and the routing method's own terms."""
 
-    def losses(output: Tensor, _: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(output, labels, reduction="none")
+    def losses(output: Tensor, _: Batch) -> Tensor:
+        return F.cross_entropy(output, batch["labels"], reduction="none")
 
-    return smear_peft.routed_loss(model, batch, loss_fn=losses)[0]
-
-
-def in_random_order(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`steps` index tensors (batch_size,): one random order of the images after another, without gaps between them."""
-    waiting = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(waiting) < batch_size:
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
+    return smear_peft.routed_loss(model, {name: batch[name] for name in ROUTED}, loss_fn=losses)[0]
 
 
-def augment(images: Tensor, settings: TrainingSettings, generator: torch.Generator) -> Tensor:
-    """Random crops of random shape, and mirroring: uint8 (B, 3, H, W) -> float (B, 3, S, S) in [0, 1].
-
-    The whole batch in one go, drawn as torchvision's RandomResizedCrop does: area uniform, aspect ratio log-uniform.
-    """
-    batch = images.shape[0]
-    if settings.min_crop >= 1 and not settings.flip:
-        return resized(images, settings.image_size)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(batch, generator=generator)
-
-    area = uniform(settings.min_crop, 1.0)
-    stretch = uniform(*(math.log(ratio) / 2 for ratio in ASPECT_RATIOS)).exp() if settings.min_crop < 1 else 1.0
-    width, height = ((area.sqrt() * s).clamp(max=1) for s in (stretch, 1 / stretch))
-    theta = torch.zeros(batch, 2, 3)  # maps the output's [-1, 1] x [-1, 1] into the input's
-    theta[:, 0, 0] = torch.where(uniform(0, 1) < 0.5, -width, width) if settings.flip else width
-    theta[:, 1, 1] = height
-    theta[:, 0, 2] = uniform(-1, 1) * (1 - width)
-    theta[:, 1, 2] = uniform(-1, 1) * (1 - height)
-    grid = F.affine_grid(theta, [batch, 3, settings.image_size, settings.image_size], align_corners=False)
-    return F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
+def training_mode(model: nn.Module, settings: TrainingSettings) -> None:
+    """Training mode, but for the blocks' BatchNorms where they are to use their running statistics."""
+    model.train()
+    if settings.block_batch_norm == "running":
+        for module in model.modules():
+            if isinstance(module, smear_peft.SmearLayer):
+                for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+                    norm.eval()
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """Whole images: uint8 (B, 3, H, W) -> float (B, 3, size, size) in [0, 1]."""
-    views = images.float() / 255
-    if views.shape[-2:] == (size, size):
-        return views
-    return F.interpolate(views, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
-
-
-def normalised(views: Tensor) -> Tensor:
-    """By ImageNet's mean and standard deviation of each channel: (B, 3, S, S), as timm's ResNets expect."""
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (views - mean) / std
+def align_buffers(model: nn.Module, world: int) -> None:
+    """Give every process the first one's running statistics."""
+    if world > 1:
+        for buffer in model.buffers():
+            broadcast(buffer)

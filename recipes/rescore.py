@@ -18,7 +18,8 @@ import torch
 
 from recipes.image_models import load_adapted, load_base
 from recipes.image_scoring import accuracies, predict
-from recipes.resnet_domainnet import ImageJob, classes_of, load_data, routes_of
+from recipes.image_settings import ImageJob
+from recipes.resnet_domainnet import classes_of, load_data, routes_of
 from recipes.run_folder import read_json
 from recipes.settings import parse, read_settings
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test = data.test.select(torch.tensor([place[row["name"]] for row in before]))
     model = load_adapted(load_base(job.base, job.weights), folder / "adapter", classes_of(data))
     with routes_of(job, model):
-        now = predict(model, test, job.image_size).labels
+        now = predict(model, test, job).labels
     changed = sum(row["prediction"] != label for row, label in zip(before, now.tolist(), strict=True))
     scores, saved = accuracies(now, test), read_json(folder / "metrics.json")
     for title, figures in (("when it was trained", saved), ("reloaded now", scores)):

@@ -1,17 +1,19 @@
 """Adapt a ResNet to the domains of DomainNet, or of any folder in its list format, or of the built-in digits.
 
-    python -m recipes.resnet_domainnet --config recipes/configs/resnet_domainnet/pacs_smear.yaml --output_dir runs/mine
+    accelerate launch recipes/resnet_domainnet.py --config recipes/configs/resnet_domainnet/smear.yaml --output_dir runs/smear
+    python -m recipes.resnet_domainnet --config recipes/configs/resnet_domainnet/pacs_smear.yaml --output_dir runs/pacs_smear
 
-One job: read the images, put a routed adapter and a new head on a frozen base, train them, score them on the test
-lists, and write a run folder.
-"""
+The defaults are the paper's. One job: read the images, put a routed adapter and a new head on a frozen base, train them,
+choose by validation, score on the test lists, write a run folder. The same command again goes on where a killed run
+stopped.
+"""  # noqa: E501 (commands to copy)
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +25,78 @@ if not __package__:  # run as a script
 
 import smear_peft
 from recipes import digits, image_lists
-from recipes.image_models import adapt, count_trained, load_base, save_adapted
+from recipes.domainnet_hub import fetch
+from recipes.image_checkpoint import FILE, Progress
+from recipes.image_models import adapt, count_trained, load_base, put_back, save_adapted, trained_tensors
 from recipes.image_scoring import Predictions, accuracies, predict, uniform
-from recipes.image_set import ImageSet, Splits
-from recipes.image_training import TrainingSettings, train
+from recipes.image_set import LabelledImages, Splits
+from recipes.image_settings import DIGITS, HUB, Command, ImageJob, located
+from recipes.image_training import train
+from recipes.processes import processes
 from recipes.run_card import run_card
-from recipes.run_folder import write_json, write_lines, write_text, write_yaml, writing
+from recipes.run_folder import refuse_other_run, write_json, write_lines, write_text, write_yaml, writing
 from recipes.settings import parse
 
-DIGITS = "digits"
+MAY_CHANGE = ("steps", "report", "workers", "eval_batch_size", "data_dir")
 
 
-@dataclass
-class ImageJob(TrainingSettings):
-    """One row, one seed."""
+def run(job: ImageJob, folder: Path, data: Splits | None = None) -> dict[str, Any]:
+    """Do a job, or the rest of it, and write its run folder.
 
-    dataset: str = field(default=DIGITS, metadata={"help": "digits, or a folder in DomainNet's list format."})
-    base: str = field(default="resnet18.tv_in1k", metadata={"help": "timm name, or local-dir:<folder>."})
-    weights: str | None = field(default=None, metadata={"help": "safetensors file for a bare architecture."})
-    routing: str = field(default="smear", metadata={"help": "A method of smear_peft.ROUTINGS, or linear_probe."})
-    num_experts: int = field(default=6, metadata={"help": "N at each site (paper: one per domain)."})
-    bottleneck_dim: int = field(default=32, metadata={"help": "r, width of one expert (paper: 32)."})
-    routes: str = field(default="learned", metadata={"help": "learned, or uniform: merge evenly in training and test."})
-    stored_size: int = field(default=96, metadata={"help": "Pixels of a side of the images in memory, before crops."})
-    validation_share: float = field(default=0.2, metadata={"help": "Of each domain's train list (paper: 0.2)."})
-    test_list: str = field(default="test", metadata={"help": "Score on <domain>_<test_list>.txt."})
-    on_bad_image: str = field(default="error", metadata={"help": "error or skip."})
+    Args:
+        job: what to do.
+        folder: where to write.
+        data: the job's images, if they are in memory already.
 
+    Returns:
+        The metrics, as in `metrics.json`.
 
-@dataclass
-class Output:
-    """Where a job writes."""
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    config, state = job_settings(job), processes()
+    refuse_other_run(folder, config, MAY_CHANGE)
+    if state.is_main_process:
+        write_yaml(folder / "config.yaml", config)
+    state.wait_for_everyone()
 
-    output_dir: str = field(default="runs/resnet_domainnet", metadata={"help": "The run folder to write."})
+    # Images, and the model that learns them.
+    data = data or load_data(job)
+    torch.manual_seed(job.seed)
+    classes = classes_of(data)
+    base = load_base(job.base, job.weights)
+    model = adapt(base, job.smear_config(data.test.domain_names), classes)
+    name = f"{job.routing} (seed {job.seed})"
 
+    # Training, and the test of the adapter that is to be reported.
+    with routes_of(job, model):
+        validation = data.validation if len(data.validation) else None
+        progress = train(model, data.train, job, validation, folder / FILE, label=f"training {name}")
+        last = {name: tensor.cpu().clone() for name, tensor in trained_tensors(model).items()}
+        kept = {"last": last, **({"best": progress.best} if progress.best else {})}
+        put_back(model, kept[job.report])
+        predictions = predict(model, data.test, job, label=f"testing {name}")
+    metrics = accuracies(predictions.labels, data.test)
+    if job.routing == "smear" and job.routes == "learned":
+        with smear_peft.override_routes(model, uniform):
+            control = predict(model, data.test, job, label="testing with uniform routes")
+        metrics["uniform_routes"] = accuracies(control.labels, data.test)
+    metrics |= facts(job, progress, data, model)
+    metrics["seconds"]["test"] = round(predictions.seconds, 1)
 
-@dataclass
-class Command(ImageJob, Output):
-    """A job and its place."""
+    # The run folder. metrics.json is written last: a folder that has it is complete.
+    if state.is_main_process:
+        for title, which in {"adapter": job.report, **{f"adapter_{which}": which for which in kept}}.items():
+            put_back(model, kept[which])
+            with writing(folder / title) as place:
+                save_adapted(model, place)
+        write_lines(folder / "log.jsonl", progress.log)
+        write_lines(folder / "predictions.jsonl", prediction_rows(predictions, data.test))
+        write_json(folder / "routing.json", predictions.routing)
+        write_text(folder / "README.md", run_card(config, metrics, classes))
+        write_json(folder / "metrics.json", metrics)
+    state.wait_for_everyone()
+    return metrics
 
 
 def job_settings(job: ImageJob) -> dict[str, Any]:
@@ -72,9 +108,18 @@ def load_data(job: ImageJob) -> Splits:
     """The images of a job."""
     if job.dataset == DIGITS:
         return digits.load_splits()
+    root = Path(located(job.dataset))
+    if job.dataset == HUB or _holds_parquet(root):
+        with processes().main_process_first():
+            root = fetch(str(root), job.dataset_revision, job.domains, Path(job.data_dir))
     return image_lists.load_splits(
-        Path(job.dataset), job.stored_size, job.validation_share, job.test_list, job.on_bad_image
+        root, job.stored_size, job.validation_share, job.test_list, job.on_bad_image, job.domains
     )
+
+
+def _holds_parquet(folder: Path) -> bool:
+    """Whether a folder is a copy of the Hub's and not in the list format; that of many images is not searched."""
+    return not any(folder.glob("*_train.txt")) and any(folder.rglob("train-*.parquet"))
 
 
 def classes_of(data: Splits) -> int:
@@ -82,84 +127,41 @@ def classes_of(data: Splits) -> int:
     return 1 + max(int(part.labels.max()) for part in data if len(part))
 
 
-def run(job: ImageJob, folder: Path, data: Splits | None = None) -> dict[str, Any]:
-    """Do a job and write its run folder.
-
-    Args:
-        job: what to do.
-        folder: where to write; replaced as a whole when the job is done.
-        data: the job's images, if they are in memory already.
-
-    Returns:
-        The metrics, as in `metrics.json`.
-    """
-    data = data or load_data(job)
-    torch.manual_seed(job.seed)
-    classes = classes_of(data)
-    base = load_base(job.base, job.weights)
-    model = adapt(base, job.routing, job.num_experts, job.bottleneck_dim, data.test.domain_names, classes)
-    name = f"{job.routing} (seed {job.seed})"
-    with routes_of(job, model):
-        seconds = train(model, data.train, job, label=f"training {name}")
-        predictions = predict(model, data.test, job.image_size, label=f"testing {name}")
-        validation = predict(model, data.validation, job.image_size) if len(data.validation) else None
-    metrics = accuracies(predictions.labels, data.test)
-    if validation is not None:
-        metrics["validation"] = accuracies(validation.labels, data.validation)
-    if job.routing == "smear" and job.routes == "learned":
-        with smear_peft.override_routes(model, uniform):
-            control = predict(model, data.test, job.image_size, label="testing with uniform routes")
-        metrics["uniform_routes"] = accuracies(control.labels, data.test)
-    metrics["trained_parameters"] = count_trained(model)
-    metrics["images"] = {part: len(images) for part, images in zip(data._fields, data, strict=True)}
-    metrics["images_seen"] = job.steps * job.batch_size
-    metrics["images_skipped"] = len(data.test.skipped)
-    metrics["seconds"] = {"train": round(seconds, 1), "test": round(predictions.seconds, 1)}
-    with writing(folder) as place:
-        write_run(place, job, model, metrics, predictions, data.test, classes)
-    return metrics
-
-
 def routes_of(job: ImageJob, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """What the routers are told during a job: nothing, or to merge evenly.
-
-    Raises:
-        ValueError: `job.routes` is unknown.
-    """
-    if job.routes not in ("learned", "uniform"):
-        raise ValueError(f"routes={job.routes!r} is unknown; possible: learned, uniform.")
+    """What the routers are told during a job: nothing, or to merge evenly."""
     return smear_peft.override_routes(model, uniform) if job.routes == "uniform" else contextlib.nullcontext()
 
 
-def write_run(
-    place: Path,
-    job: ImageJob,
-    model: nn.Module,
-    metrics: dict[str, Any],
-    predictions: Predictions,
-    test: ImageSet,
-    classes: int,
-) -> None:
-    """The six parts of a run folder."""
-    config = job_settings(job)
-    save_adapted(model, place / "adapter")
-    write_json(place / "metrics.json", metrics)
-    write_json(place / "routing.json", predictions.routing)
-    write_yaml(place / "config.yaml", config)
-    write_text(place / "README.md", run_card(config, metrics, classes))
-    rows = zip(test.names, test.domains.tolist(), test.labels.tolist(), predictions.labels.tolist(), strict=True)
-    write_lines(
-        place / "predictions.jsonl",
-        ({"name": n, "domain": test.domain_names[d], "label": y, "prediction": p} for n, d, y, p in rows),
-    )
+def facts(job: ImageJob, progress: Progress, data: Splits, model: nn.Module) -> dict[str, Any]:
+    """What `metrics.json` says beside the accuracies."""
+    steps = {"last": progress.step, **({"best": progress.best_step} if progress.best else {})}
+    return {
+        "reported": job.report,
+        "reported_step": steps[job.report],
+        "adapters": steps,
+        "validation": {entry["step"]: entry["validation"] for entry in progress.log if "validation" in entry}.get(
+            steps[job.report]
+        ),
+        "trained_parameters": count_trained(model),
+        "images": {part: len(images) for part, images in zip(data._fields, data, strict=True)},
+        "images_seen": progress.step * job.batch_size,
+        "images_skipped": data.test.skipped,
+        "seconds": {"train": round(progress.seconds, 1), "waiting": round(progress.waiting, 1)},
+    }
+
+
+def prediction_rows(predictions: Predictions, images: LabelledImages) -> list[dict[str, Any]]:
+    """One row an image, as in `predictions.jsonl`."""
+    rows = zip(images.names, images.domains.tolist(), images.labels.tolist(), predictions.labels.tolist(), strict=True)
+    return [{"name": n, "domain": images.domain_names[d], "label": y, "prediction": p} for n, d, y, p in rows]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
     command = parse(Command, arguments)
-    values = {name: value for name, value in asdict(command).items() if name != "output_dir"}
-    metrics = run(ImageJob(**values), Path(command.output_dir))
-    print(f"micro {metrics['micro']:.3f}, macro {metrics['macro']:.3f}; everything is in {command.output_dir}")
+    metrics = run(command, Path(command.output_dir))
+    if processes().is_main_process:
+        print(f"micro {metrics['micro']:.3f}, macro {metrics['macro']:.3f}; everything is in {command.output_dir}")
     return metrics
 
 

@@ -12,7 +12,8 @@ tags: [smear, mixture-of-experts, timm]
 # {routing} on {base}
 
 Trained by `recipes/resnet_domainnet.py` with the settings in `config.yaml`, seed {seed}: {seen:,} images seen in
-{seconds:.0f} s, {adapter:,} numbers trained in the adapter and {head:,} in the new head. The base is frozen.
+{seconds:.0f} s, {adapter:,} numbers trained in the adapter and {head:,} in the new head. The base is frozen. The
+figures are those of the **{reported}** adapter (step {step:,}), which lies in `adapter/`.
 
 ## Accuracy on the test images
 
@@ -45,6 +46,8 @@ def run_card(config: dict[str, Any], metrics: dict[str, Any], classes: int) -> s
         base=config["base"],
         seed=config["seed"],
         seen=metrics["images_seen"],
+        reported=metrics["reported"],
+        step=metrics["reported_step"],
         seconds=metrics["seconds"]["train"],
         rows="\n".join(f"| {name} | {score:.3f} |" for name, score in scores.items()),
         loading="\n".join(loading_lines(config, classes, "adapter")),

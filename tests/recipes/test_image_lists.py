@@ -3,10 +3,13 @@
 import random
 
 import pytest
+import torch
 from PIL import Image
 
 from recipes import image_lists
+from recipes.image_files import ImageFiles
 from recipes.image_lists import Entry
+from recipes.image_views import draw_crops
 
 
 @pytest.fixture
@@ -102,6 +105,42 @@ def test_bad_images_can_be_skipped_but_never_silently(folder, caplog):
     assert len(splits.test.skipped) == 2
     assert "2 of 28 images" in caplog.text
     assert "drawn/class0/train 0.png" in caplog.text
+
+
+def test_files_that_stay_where_they_are_give_the_same_images(folder):
+    early, late = (image_lists.load_splits(folder, size=size) for size in (8, None))
+    assert isinstance(late.test, ImageFiles)
+    assert (late.test.names, late.train.names) == (early.test.names, early.train.names)
+    index = torch.tensor([5, 0])
+    torch.testing.assert_close(late.test.centred(index, 8, 1.0), early.test.centred(index, 8, 1.0))
+    assert late.train.cropped(index, draw_crops(2, 0.5, True, torch.Generator()), 16).shape == (2, 3, 16, 16)
+
+
+def test_late_images_that_are_missing_are_told_early_and_broken_ones_by_name(folder):
+    break_two(folder)
+    with pytest.raises(OSError, match=r"1 of 28 images .* drawn/class0/train 0.png \(missing\)"):
+        image_lists.load_splits(folder, size=None)
+    Image.new("RGB", (12, 8)).save(folder / "drawn/class0/train 0.png")
+    test = image_lists.load_splits(folder, size=None).test
+    with pytest.raises(OSError, match=r"seen/class1/test 1.png cannot be read .*--on_bad_image skip"):
+        test.centred(torch.arange(8), 8, 1.0)
+
+
+def test_late_images_that_are_bad_can_be_skipped_but_never_silently(folder, caplog):
+    break_two(folder)
+    splits = image_lists.load_splits(folder, size=None, on_bad_image="skip")
+    assert sum(len(part) for part in splits) == 26
+    assert [fault.partition(" (")[2][:6] for fault in splits.test.skipped] == ["missin", "broken"]
+    assert "2 of 28 images" in caplog.text
+    assert splits.test.centred(torch.arange(7), 8, 1.0).shape == (7, 3, 8, 8)
+
+
+def test_domains_can_be_chosen(folder):
+    splits = image_lists.load_splits(folder, size=8, domains=["seen"])
+    assert splits.train.domain_names == ["seen"]
+    assert all(name.startswith("seen/") for part in splits for name in part.names)
+    with pytest.raises(ValueError, match="no domain heard; it has drawn, seen"):
+        image_lists.load_splits(folder, size=8, domains=["heard"])
 
 
 @pytest.mark.parametrize("line", ["drawn/class0/a.png", "drawn/class0/a.png zero", " 3"])

@@ -1,0 +1,158 @@
+"""Run folders of either recipe, read back: scores by task or domain in percent, recomputed from the predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.glue_scoring import score
+from recipes.image_scoring import by_domain
+from recipes.run_folder import read_json, read_yaml
+from smear_peft.routing import ROUTINGS, get_method
+
+MICRO, MACRO, AVERAGE, TASK_AVERAGE = "micro", "macro", "average", "task average"
+IN_PERCENT = 100.0
+TOLERANCE = 1e-6  # in percent
+# Settings that tell no row from another.
+PLACES = ("seed", "data_seed", "output_dir", "logging_dir", "run_name", "data_dir", "workers", "eval_batch_size")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: where it is.
+        row: its folder's name without `-seed<n>`.
+        seed: of the training.
+        config: the resolved settings.
+        scores: column -> percent; the last ones are means.
+        uniform: the same under uniform routes, where that was tested.
+        recomputed: whether the scores come from the predictions, or else as metrics.json has them.
+        metrics: what metrics.json holds.
+    """
+
+    folder: Path
+    row: str
+    seed: int
+    config: dict[str, Any]
+    scores: dict[str, float]
+    uniform: dict[str, float] | None
+    recomputed: bool
+    metrics: dict[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were trained."""
+        trained = self.metrics["trained_parameters"]
+        return sum(trained.values()) if isinstance(trained, dict) else trained
+
+    @property
+    def headline(self) -> str:
+        """The column that a run is judged by: the paper's."""
+        return MICRO if MICRO in self.scores else AVERAGE
+
+    @property
+    def expert_dropout(self) -> float | None:
+        """The probability with which experts are dropped; None without an adapter."""
+        if self.config["routing"] not in ROUTINGS:
+            return None
+        given = self.config.get("expert_dropout")
+        return get_method(self.config["routing"]).expert_dropout if given is None else given
+
+    def settings(self) -> dict[str, Any]:
+        """What makes the row what it is."""
+        return {name: value for name, value in self.config.items() if name not in PLACES}
+
+
+def find_runs(places: Iterable[Path]) -> list[Path]:
+    """Complete run folders: the places themselves, or those in them.
+
+    Raises:
+        FileNotFoundError: a place is none and holds none.
+    """
+    folders: list[Path] = []
+    for place in places:
+        inside = (
+            [place] if (place / "metrics.json").is_file() else sorted(f.parent for f in place.glob("*/metrics.json"))
+        )
+        if not inside:
+            raise FileNotFoundError(f"{place} is no run folder and holds none: there is no metrics.json.")
+        folders += inside
+    return folders
+
+
+def read_run(folder: Path) -> Run:
+    """One run folder, checked.
+
+    Raises:
+        ValueError: the predictions say something else than metrics.json.
+    """
+    config, metrics = read_yaml(folder / "config.yaml"), read_json(folder / "metrics.json")
+    columns = _image_columns if "domains" in metrics else _glue_columns
+    scores, recomputed = columns(metrics), (folder / "predictions.jsonl").is_file()
+    if recomputed:
+        again = columns(_from_predictions(folder / "predictions.jsonl", config))
+        if other := [name for name in scores if not math.isclose(scores[name], again[name], abs_tol=TOLERANCE)]:
+            raise ValueError(
+                f"{folder}: predictions.jsonl gives {other[0]} {again[other[0]]:.4f}, metrics.json has "
+                f"{scores[other[0]]:.4f}. One of the two was changed; run the job again."
+            )
+        scores = again
+    return Run(
+        folder=folder,
+        row=re.sub(r"-seed\d+$", "", folder.name),
+        seed=config["seed"],
+        config=config,
+        scores=scores,
+        uniform=columns(metrics["uniform_routes"]) if "uniform_routes" in metrics else None,
+        recomputed=recomputed,
+        metrics=metrics,
+    )
+
+
+def _from_predictions(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if "task" in rows[0]:
+        return score(rows, config["scoring"])
+    seen = [row for row in rows if row["prediction"] >= 0]
+    return by_domain(*([row[name] for row in seen] for name in ("prediction", "label", "domain")))
+
+
+def _image_columns(metrics: dict[str, Any]) -> dict[str, float]:
+    scores = {**metrics["domains"], MICRO: metrics["micro"], MACRO: metrics["macro"]}
+    return {name: IN_PERCENT * value for name, value in scores.items()}
+
+
+def _glue_columns(metrics: dict[str, Any]) -> dict[str, float]:
+    numbers = {f"{task} {name}": value for task, found in metrics["tasks"].items() for name, value in found.items()}
+    return {**numbers, AVERAGE: metrics["average"]["metrics"], TASK_AVERAGE: metrics["average"]["tasks"]}
+
+
+def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs by row, seeds in order; the rows in the order in which they come.
+
+    Raises:
+        ValueError: runs of one row differ in more than their seed, or a seed comes twice, or there are both recipes.
+    """
+    rows: dict[str, list[Run]] = {}
+    for run in runs:
+        rows.setdefault(run.row, []).append(run)
+    columns = {tuple(run.scores) for some in rows.values() for run in some}
+    if len(columns) > 1:
+        raise ValueError(f"The runs have different tasks or domains: {'; '.join(map(', '.join, sorted(columns)))}.")
+    for row, some in rows.items():
+        some.sort(key=lambda run: run.seed)
+        seeds = [run.seed for run in some]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"Row {row} has a seed twice: {', '.join(str(run.folder) for run in some)}.")
+        first = some[0].settings()
+        for run in some[1:]:
+            if other := [name for name, value in run.settings().items() if first.get(name) != value]:
+                raise ValueError(f"Row {row}: {run.folder} and {some[0].folder} differ in {', '.join(other)}.")
+    return rows

@@ -1,0 +1,142 @@
+"""The tables of a report: means over seeds, differences from a reference row, expert dropout on and off."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from scipy.stats import ttest_rel
+
+from recipes.report_runs import Run
+
+Rows = Mapping[str, Sequence[Run]]
+Scores = dict[int, dict[str, float]]  # seed -> column -> percent
+MISSING = "–"
+DIGITS = 4
+
+
+class Table(NamedTuple):
+    """A title, the names of the columns, and cells as text."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As Markdown: the first column to the left, the others to the right."""
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def by_seed(runs: Iterable[Run]) -> Scores:
+    """Scores of a row."""
+    return {run.seed: run.scores for run in runs}
+
+
+def control(row: str) -> str:
+    """The name of a row's experts under uniform routes."""
+    return f"{row}, merged evenly in the test"
+
+
+def with_controls(rows: Rows) -> dict[str, Scores]:
+    """Scores of all rows; behind each one that was also tested under uniform routes, those."""
+    scores: dict[str, Scores] = {}
+    for name, runs in rows.items():
+        scores[name] = by_seed(runs)
+        if uniform := {run.seed: run.uniform for run in runs if run.uniform is not None}:
+            scores[control(name)] = uniform
+    return scores
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """`75.4 ± 0.9`; a single value has no deviation."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def scores_table(rows: Rows, speed: Mapping[str, Mapping[str, float]]) -> Table:
+    """Every row by every task or domain, numbers trained, and what was measured of speed."""
+    scores = with_controls(rows)
+    columns = list(next(iter(next(iter(scores.values())).values())))
+    measures = list(dict.fromkeys(name for row in rows for name in speed.get(row, {})))
+    cells = []
+    for row, seeds in scores.items():
+        found = [mean_and_deviation([values[column] for values in seeds.values()]) for column in columns]
+        trained = f"{rows[row][0].parameters / 1000:,.0f} k" if row in rows else ""
+        timed = [f"{speed[row][name]:,.1f}" if row in speed else (MISSING if row in rows else "") for name in measures]
+        cells.append([row, *found, str(len(seeds)), trained, *timed])
+    return Table("Scores", ["row", *columns, "seeds", "trained", *measures], cells)
+
+
+def against(rows: Rows, reference: str) -> Table:
+    """The difference of each row's headline figure from the reference row's, seed by seed, and whether it is noise.
+
+    Experts under uniform routes are compared with their own row. The p values are of paired t tests over the seeds that
+    both rows have, as they are and after Holm's correction for their number.
+    """
+    headline = rows[reference][0].headline
+    scores = with_controls(rows)
+    other = {row: reference for row in rows if row != reference}
+    other |= {control(row): row for row in rows if control(row) in scores}
+    tested: list[tuple[str, list[float], float | None]] = []
+    for row, seeds in ((row, seeds) for row, seeds in scores.items() if row in other):
+        base = scores[other[row]]
+        shared = sorted(seeds.keys() & base.keys())
+        pairs = [(seeds[seed][headline], base[seed][headline]) for seed in shared]
+        differences = [own - others for own, others in pairs]
+        varied = len(set(differences)) > 1
+        tested.append((row, differences, float(ttest_rel(*zip(*pairs, strict=True)).pvalue) if varied else None))
+    corrected = holm({row: p for row, _, p in tested if p is not None})
+    cells = []
+    for row, differences, p in tested:
+        difference = f"{statistics.fmean(differences):+.1f}" if differences else MISSING
+        tests = [MISSING, MISSING] if p is None else [f"{p:.3f}", f"{corrected[row]:.3f}"]
+        cells.append([row, other[row], difference, str(len(differences)), *tests])
+    return Table(f"Differences in {headline}", ["row", "from", "points", "seeds", "p", "p (Holm)"], cells)
+
+
+def holm(values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down correction of p values for their number."""
+    corrected: dict[str, float] = {}
+    most = 0.0
+    for place, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        most = max(most, min(1.0, (len(values) - place) * p))
+        corrected[name] = most
+    return corrected
+
+
+def dropout_table(rows: Rows) -> Table | None:
+    """Rows that differ in expert dropout alone, side by side (the paper's table 1); None where there are none."""
+    pairs: dict[str, dict[bool, tuple[str, Sequence[Run]]]] = {}
+    for name, runs in rows.items():
+        settings = {key: value for key, value in runs[0].settings().items() if key != "expert_dropout"}
+        if runs[0].expert_dropout is not None:
+            pairs.setdefault(repr(sorted(settings.items(), key=str)), {})[runs[0].expert_dropout > 0] = (name, runs)
+    cells = []
+    for pair in pairs.values():
+        if len(pair) < 2:
+            continue
+        headline = pair[True][1][0].headline
+        off, on = ({run.seed: run.scores[headline] for run in pair[kind][1]} for kind in (False, True))
+        both = [on[seed] - off[seed] for seed in sorted(on.keys() & off.keys())]
+        change = f"{statistics.fmean(both):+.1f}" if both else MISSING
+        names = min((name for name, _ in pair.values()), key=len)
+        cells.append([names, *(mean_and_deviation(list(some.values())) for some in (off, on)), change, str(len(both))])
+    columns = ["method", "without", "with expert dropout", "change", "seeds"]
+    return Table("Expert dropout", columns, cells) if cells else None
+
+
+def long_form(rows: Rows) -> list[dict[str, Any]]:
+    """One line a row and column, for a CSV file."""
+    return [
+        {
+            "row": row,
+            "column": column,
+            "mean": round(statistics.fmean(values := [found[column] for found in seeds.values()]), DIGITS),
+            "deviation": round(statistics.stdev(values), DIGITS) if len(values) > 1 else "",
+            "seeds": len(values),
+        }
+        for row, seeds in with_controls(rows).items()
+        for column in next(iter(seeds.values()))
+    ]
