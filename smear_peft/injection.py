@@ -72,14 +72,25 @@ def uncover_own_parts(model: nn.Module) -> bool:
 
 
 def reference_tensors(modules: dict[str, nn.Module], names: list[str]) -> dict[str, tuple[torch.device, torch.dtype]]:
-    """Device and dtype for each site's block: of its own weight, else of the nearest ancestor that has one."""
+    """Device and dtype for each site's block: of its own weight, else of the nearest ancestor that has one.
+
+    A quantised weight that passes for integers says where the block goes; the dtype is that of the floats beside it.
+    """
     found: dict[str, tuple[torch.device, torch.dtype]] = {}
     for name in names:
-        owner = name
-        while next(modules[owner].parameters(), None) is None and owner:
-            owner = owner.rpartition(".")[0]
-        tensors = [p for p in modules[owner].parameters() if ".smear_" not in owner]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        floats = [p.dtype for p in tensors if p.dtype in FLOATS]
-        found[name] = (device, floats[0] if floats else torch.float32)
+        device = dtype = None
+        for owner in (name, *ancestors(name)):
+            tensors = [p for part, p in modules[owner].named_parameters() if "smear_" not in part]
+            floats = [p for p in tensors if p.dtype in FLOATS]
+            device = device or next((p.device for p in tensors), None)
+            dtype = dtype or next((p.dtype for p in floats), None)
+            if device and dtype:
+                break
+        found[name] = (device or torch.device("cpu"), dtype or torch.float32)
     return found
+
+
+def ancestors(name: str) -> list[str]:
+    """Names of the modules around a module, the nearest first, the root's "" last."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, -1, -1)]

@@ -12,11 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from . import models
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "feature(name, *architectures): what a test shows, for README.md (tests/matrix.py)"
+    )
+
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch) -> torch.device:
+    """The tests that use it run on the CPU and, where there is one, on a GPU: `models` puts everything there."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    monkeypatch.setattr(models, "DEVICE", torch.device(request.param))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else convolutions have 10 bits of mantissa
+    return models.DEVICE
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 T5_FAMILY = ("t5", "mt5", "umt5")
+DEVICE = torch.device("cpu")  # where all of them are put; tests with the fixture `device` run on others, too
 
 
 def t5_config(family: str = "t5", **overrides):
@@ -45,7 +46,7 @@ def tiny_t5(family: str = "t5", head: str = "ForConditionalGeneration", seed: in
     prefix = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(transformers, prefix + head)(t5_config(family, **overrides)).eval()
+        return getattr(transformers, prefix + head)(t5_config(family, **overrides)).eval().to(DEVICE)
 
 
 def t5_batch(
@@ -59,7 +60,8 @@ def t5_batch(
     if padded:
         for row in range(rows):
             mask[row, length - min(row, length - 1) :] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+    return {name: value.to(DEVICE) for name, value in batch.items()}
 
 
 def tiny_resnet(name: str = "resnet10t", classes: int = 5, seed: int = 0, **overrides) -> nn.Module:
@@ -83,12 +85,12 @@ def tiny_resnet(name: str = "resnet10t", classes: int = 5, seed: int = 0, **over
                 nn.init.normal_(module.bias, std=0.1)
                 nn.init.normal_(module.running_mean, std=0.1)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def images(rows: int = 3, size: int = 32, channels: int = 3, seed: int = 1) -> Tensor:
     """Noise (B, 3, size, size)."""
-    return torch.randn(rows, channels, size, size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, channels, size, size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 class Perceptron(nn.Module):
@@ -108,4 +110,4 @@ def perceptron(seed: int = 0, **sizes: int) -> Perceptron:
     """A random `Perceptron` in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Perceptron(**sizes).eval()
+        return Perceptron(**sizes).eval().to(DEVICE)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smear_peft import SmearConfig, SmearLayer
 
-from .models import tiny_t5
+from . import models
 
 NEEDS = {"tag": "routing_tags", "latent_skills": "routing_tags", "hash": "example_ids"}
 TASKS = ["cola", "rte", "sst2"]
@@ -42,7 +42,7 @@ def routed(base: nn.Module | None = None, *, task_type: str | None = None, seed:
     if fields.get("routing") == "latent_skills":
         settings["tasks"] = TASKS
     config = SmearConfig(**{**settings, **fields})
-    return enliven(get_peft_model(tiny_t5() if base is None else base, config), seed).eval()
+    return enliven(get_peft_model(models.tiny_t5() if base is None else base, config), seed).eval()
 
 
 @functools.cache
@@ -53,10 +53,10 @@ def shared(routing: str = "smear") -> nn.Module:
 
 def extras(routing: str, rows: int) -> dict[str, Tensor]:
     """The argument beside the batch that a method needs, for B rows."""
-    return {NEEDS[routing]: torch.arange(rows) * 7 % 3} if routing in NEEDS else {}
+    return {NEEDS[routing]: torch.arange(rows, device=models.DEVICE) * 7 % 3} if routing in NEEDS else {}
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal within `tolerance` of their scale."""
+    """Equal within `tolerance` of their scale, wherever they are."""
     scale = max(1.0, b.abs().max().item())
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(a.to(b.device), b, rtol=0, atol=tolerance * scale)

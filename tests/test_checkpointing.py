@@ -14,6 +14,8 @@ from smear_peft.context import RoutingContext, current
 from .models import images, t5_batch, tiny_resnet, tiny_t5
 from .routed import close, enliven, extras, routed
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SOFT = ["smear", "ensemble", "top_k", "st_gumbel", "soft_moe", "tag", "hash", "latent_skills", "adamix", "single"]
 WITH_TERMS = ["reinforce", "dselect_k"]
 
@@ -55,6 +57,7 @@ def other_batch(routing: str = "smear") -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("routing", SOFT)
+@pytest.mark.feature("gradient checkpointing", "T5")
 def test_the_same_gradients_as_without(routing, reentrant):
     model, batch = routed(routing=routing).train(), {**t5_batch(), **extras(routing, 3)}
     torch.manual_seed(1)

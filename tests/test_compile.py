@@ -13,8 +13,11 @@ from transformers.generation import CompileConfig
 from smear_peft import SmearConfig, SmearLayer, override_routes, trace
 from smear_peft.context import RoutingContext
 
+from . import models
 from .models import images, perceptron, t5_batch, tiny_resnet, tiny_t5
 from .routed import TASKS, close, enliven, extras, routed
+
+pytestmark = pytest.mark.usefixtures("device")
 
 COMPILED = ["smear", "ensemble", "single", "dselect_k", "latent_skills", "soft_moe"]
 SHALLOW = {"num_layers": 1, "num_decoder_layers": 1}
@@ -68,12 +71,13 @@ def run(model: nn.Module, *args, compiled: nn.Module | None = None, **batch) -> 
 def block_of(routing: str) -> tuple[nn.Module, RoutingContext]:
     """A text block by itself, with the context that an encoder gives it."""
     fields = {"tasks": TASKS} if routing == "latent_skills" else {}
-    base = nn.Sequential(nn.Linear(16, 16))
+    base = nn.Sequential(nn.Linear(16, 16)).to(models.DEVICE)
     config = SmearConfig(routing=routing, num_experts=3, bottleneck_dim=4, target_modules=["0"], **fields)
     model = enliven(get_peft_model(base, config))
     layer = next(m for m in model.modules() if isinstance(m, SmearLayer))
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
-    return layer.smear_block["default"], RoutingContext(mask=mask, tags=torch.tensor([0, 2, 1]))
+    context = RoutingContext(mask=mask.to(models.DEVICE), tags=torch.tensor([0, 2, 1], device=models.DEVICE))
+    return layer.smear_block["default"], context
 
 
 @pytest.mark.parametrize("mode", ["train", pytest.param("eval", marks=slow)])
@@ -82,7 +86,7 @@ def test_a_block_is_one_graph(routing, mode):
     block, context = block_of(routing)
     getattr(block, mode)()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    x = torch.randn(3, 5, 16, requires_grad=True)
+    x = torch.randn(3, 5, 16, device=models.DEVICE, requires_grad=True)
     found = []
     for call in (block, compiled):
         torch.manual_seed(2)
@@ -101,12 +105,13 @@ def test_a_block_is_one_graph(routing, mode):
 
 
 @traces_peft
+@pytest.mark.feature("`torch.compile`, one graph", "any other")
 def test_a_model_is_one_graph():
     """The quick case: a model with a single stack and two sites, forward and training step."""
     config = SmearConfig(num_experts=3, bottleneck_dim=4, target_modules=["first", "act"])
     model = enliven(get_peft_model(perceptron(), config)).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(5, 6)
+    x = torch.randn(5, 6, device=models.DEVICE)
     logits, grads = run(model, x)
     found, found_grads = run(model, x, compiled=compiled)
     close(found, logits)
@@ -115,6 +120,7 @@ def test_a_model_is_one_graph():
 
 
 @traces_peft
+@pytest.mark.feature("`torch.compile`, one graph", "T5")
 def test_a_t5_is_one_graph():
     """The quick case: masks, the encoder's state and the loss, without a backward."""
     model, batch = routed(tiny_t5(**SHALLOW)), t5_batch()
@@ -138,6 +144,7 @@ def test_dynamo_explains_a_t5_as_one_graph():
 
 @slow
 @pytest.mark.parametrize("routing", [*COMPILED, "tag", "top_k", "st_gumbel", "reinforce", "hash", "adamix"])
+@pytest.mark.feature("`torch.compile`, one graph", "T5")
 def test_every_method_on_t5_is_one_graph(routing):
     model, batch = routed(tiny_t5(**SHALLOW), routing=routing).train(), {**t5_batch(), **extras(routing, 3)}
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -153,6 +160,7 @@ def test_every_method_on_t5_is_one_graph(routing):
 @slow
 @pytest.mark.parametrize("routing", COMPILED)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.feature("`torch.compile`, one graph", "ResNet")
 def test_every_method_on_a_resnet_is_one_graph(routing, layout):
     fields = {"tasks": TASKS} if routing == "latent_skills" else {}
     config = SmearConfig(routing=routing, num_experts=3, bottleneck_dim=4, **fields)

@@ -1,34 +1,18 @@
 """Every method under torch DDP with two gloo processes, all in one launch (tests/distributed_worker.py)."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from smear_peft import ROUTINGS
 
-ROOT = Path(__file__).parents[1]
+from .launch import on_two_processes
+
 SOFT = ["smear", "ensemble", "dselect_k", "latent_skills"]
 WITHOUT_DRAWS = ["smear", "ensemble", "top_k", "dselect_k", "soft_moe", "tag", "hash", "single"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict[str, float]]:
-    folder = tmp_path_factory.mktemp("distributed")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, "-m", "tests.distributed_worker", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / "found.json").read_text())
+    return on_two_processes("distributed_worker", tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -38,18 +22,21 @@ def test_every_parameter_has_the_same_gradient_on_all_ranks(routing, found):
 
 
 @pytest.mark.parametrize("routing", SOFT)
+@pytest.mark.feature("DDP without `find_unused_parameters`", "T5")
 def test_soft_routing_needs_no_search_for_unused_parameters(routing, found):
     assert found[f"{routing}, plain"]["missing"] == 0
     assert found[f"{routing}, plain"]["ranks"] == 0
 
 
 @pytest.mark.parametrize("routing", WITHOUT_DRAWS)
+@pytest.mark.feature("DDP without `find_unused_parameters`", "T5")
 def test_gradients_are_those_of_one_process(routing, found):
     assert found[routing]["one process"] < 2e-3
     assert found[f"{routing}, plain"]["one process"] < 2e-3
 
 
 @pytest.mark.parametrize("routing", ["smear", "adamix", "tag"])
+@pytest.mark.feature("DDP without `find_unused_parameters`", "ResNet")
 def test_batch_norms_and_two_passes(routing, found):
     """Buffers are broadcast before each forward, and AdaMix makes two before its backward."""
     assert found[f"{routing}, images"]["missing"] == 0

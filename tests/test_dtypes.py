@@ -8,8 +8,11 @@ from peft import get_peft_model
 
 from smear_peft import ROUTINGS, SmearConfig, trace
 
+from . import models
 from .models import t5_batch, tiny_resnet, tiny_t5
 from .routed import extras
+
+pytestmark = pytest.mark.usefixtures("device")
 
 TASKS = ["a", "b", "c"]
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -21,6 +24,7 @@ def config(routing: str, **fields) -> SmearConfig:
 
 @pytest.mark.parametrize("adapters_in_float32", [True, False])
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("bfloat16", "T5")
 def test_bfloat16_t5(routing, adapters_in_float32):
     base = tiny_t5().bfloat16()
     batch = t5_batch()
@@ -38,13 +42,14 @@ def test_bfloat16_t5(routing, adapters_in_float32):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("autocast", "T5")
 def test_autocast_t5_stays_close_to_float32(routing):
     torch.manual_seed(0)
     model = get_peft_model(tiny_t5(), config(routing)).eval()
     batch = t5_batch()
     with torch.no_grad(), trace(model) as plain:
         logits = model(**batch, **extras(routing, 3)).logits
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), trace(model) as routes:
+    with torch.no_grad(), torch.autocast(models.DEVICE.type, torch.bfloat16), trace(model) as routes:
         low = model(**batch, **extras(routing, 3)).logits
     assert {w.dtype for w in routes.weights.values()} == {torch.float32}
     torch.testing.assert_close(low.float(), logits, rtol=0.1, atol=0.1 * float(logits.abs().max()))
@@ -55,13 +60,14 @@ def test_autocast_t5_stays_close_to_float32(routing):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("bfloat16", "ResNet")
 def test_resnet_keeps_dtype_and_memory_format(routing, memory_format, half):
     dtype = torch.bfloat16 if half else torch.float32
     model = get_peft_model(tiny_resnet().to(dtype), config(routing)).to(memory_format=memory_format)
     seen = {}
     layer = model.base_model.model.layer1[0].act2
     layer.base_layer.register_forward_hook(lambda module, args, out: seen.update(x=out))
-    x = torch.randn(3, 3, 64, 64, dtype=dtype).to(memory_format=memory_format)
+    x = torch.randn(3, 3, 64, 64, dtype=dtype, device=models.DEVICE).to(memory_format=memory_format)
     out = model(x, **extras(routing, 3))
     assert out.dtype == dtype
     assert seen["x"].is_contiguous(memory_format=memory_format)
@@ -72,7 +78,7 @@ def test_resnet_keeps_dtype_and_memory_format(routing, memory_format, half):
 def test_memory_formats_agree(routing):
     torch.manual_seed(0)
     model = get_peft_model(tiny_resnet().double(), config(routing)).double().eval()
-    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64, device=models.DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), model(x), rtol=1e-9, atol=1e-9)
 

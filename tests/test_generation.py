@@ -43,6 +43,7 @@ def generate(model: nn.Module, *, remember: bool = True, seed: int = 0, **kwargs
 
 @pytest.mark.parametrize("decoding", DECODINGS)
 @pytest.mark.parametrize("routing", ["smear", "ensemble", "top_k", "adamix"])
+@pytest.mark.feature("`generate`: beams, with and without the cache", "T5")
 def test_the_same_as_routing_anew_in_every_step(routing, decoding):
     model = shared(routing)
     tokens, logits = generate(model, **sources(), **DECODINGS[decoding])
@@ -221,6 +222,7 @@ def test_assisted_generation(routed_assistant):
     assert torch.equal(generate(model, **batch, assistant_model=assistant)[0], expected)
 
 
+@pytest.mark.feature("`generate`: beams, with and without the cache", "any other")
 def test_another_encoder_decoder_model_by_target_modules():
     size = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
     heads = {

@@ -39,6 +39,7 @@ def outcome(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("routing", ROUTINGS)
 @quick
 @given(texts=sources, left=sides, more=st.integers(0, 5), seed=st.integers(0, 99))
+@pytest.mark.feature("routes do not depend on padding and batch mates", "T5")
 def test_padding_and_batch_mates_do_not_matter(routing, texts, left, more, seed):
     model = shared(routing)
     rows = len(texts)

@@ -42,6 +42,7 @@ def alone(model, name, run):
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM"])
+@pytest.mark.feature("`adapter_names`: rows under different adapters", "T5")
 def test_each_row_of_a_t5_takes_its_adapter(task_type):
     model = two_adapters(task_type=task_type)
     ids, mask, labels = batch_of_five()
@@ -82,6 +83,7 @@ def test_generate(task_type, search):
     assert not torch.equal(outputs["default"], outputs["tagged"])
 
 
+@pytest.mark.feature("`adapter_names`: rows under different adapters", "any other")
 def test_a_head_that_each_adapter_trains():
     base = BartForConditionalGeneration(
         BartConfig(
@@ -103,6 +105,7 @@ def test_a_head_that_each_adapter_trains():
         assert torch.equal(mixed[row : row + 1], wanted)
 
 
+@pytest.mark.feature("`adapter_names`: rows under different adapters", "ResNet")
 def test_images():
     model = routed(tiny_resnet())
     model.add_adapter("other", SmearConfig(num_experts=2, bottleneck_dim=4, routing="single"))

@@ -49,6 +49,7 @@ def test_all_linear_for_a_second_adapter_means_the_same():
         ("SEQ_CLS", "BertForSequenceClassification", "classifier"),
     ],
 )
+@pytest.mark.feature("transformers' `add_adapter`, `load_adapter`", "any other")
 def test_the_head_of_a_task_trains_and_is_saved(tmp_path, task_type, head, name):
     def base():
         torch.manual_seed(0)

@@ -31,6 +31,7 @@ def source(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.feature("PEFT's own test-suite", "T5", "any other")
 def test_no_applicable_test_of_peft_fails(source, tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, SUITE / "run.py", source, "-q", "--tb=short", f"--smear-report={report}"]

@@ -14,8 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from smear_peft import ROUTINGS, SmearConfig, override_routes, routed_loss
 from smear_peft.recompute import _FORWARDS
 
+from . import models
 from .models import images, t5_batch, tiny_resnet
 from .routed import close, enliven, extras, routed
+
+pytestmark = pytest.mark.usefixtures("device")
 
 LABELS = torch.tensor([0, 1, 2])
 
@@ -29,7 +32,7 @@ def reentrant(request):
 
 
 def loss_of(logits: Tensor, batch: dict) -> Tensor:
-    return F.cross_entropy(logits, LABELS, reduction="none")
+    return F.cross_entropy(logits, LABELS.to(logits.device), reduction="none")
 
 
 def step(model: nn.Module, routing: str, pixels: Tensor) -> dict[str, Tensor]:
@@ -44,6 +47,7 @@ def step(model: nn.Module, routing: str, pixels: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("gradient checkpointing", "ResNet")
 def test_timm_gives_the_same_gradients_and_updates_statistics_once(routing, reentrant):
     pixels = images().requires_grad_(reentrant)  # re-entrant checkpointing needs an input with a gradient
     plain, saving = (routed(tiny_resnet(), routing=routing).train() for _ in range(2))
@@ -89,11 +93,16 @@ class Chain(nn.Module):
 
 def chain(saving: bool, **fields) -> nn.Module:
     settings = {"target_modules": ["first"], "num_experts": 3, "bottleneck_dim": 4, "expert_dropout": 0.0}
-    return enliven(get_peft_model(Chain(saving), SmearConfig(**{**settings, **fields}))).train()
+    return enliven(get_peft_model(Chain(saving).to(models.DEVICE), SmearConfig(**{**settings, **fields}))).train()
 
 
+def inputs(rows: int = 3) -> Tensor:
+    return torch.randn(rows, 5, 8).to(models.DEVICE)
+
+
+@pytest.mark.feature("gradient checkpointing", "any other")
 def test_masks_and_overrides_are_those_of_the_forward():
-    x, mask = torch.randn(3, 5, 8), torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+    x, mask = inputs(), torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]).to(models.DEVICE)
     found = []
     for saving in (False, True):
         model = chain(saving)
@@ -107,7 +116,7 @@ def test_masks_and_overrides_are_those_of_the_forward():
 
 
 def test_a_whole_model_that_is_checkpointed():
-    x, found = torch.randn(3, 5, 8), []
+    x, found = inputs(), []
     for saving in (False, True):
         model = chain(False, routing="tag")
         calls = [lambda y, tags=tags, model=model: model(y, routing_tags=tags) for tags in ([0, 1, 2], [2, 2, 0])]
@@ -143,7 +152,7 @@ def test_a_decoder_layer_that_is_checkpointed_by_hand():
 def test_nothing_outlives_the_graph(kind):
     """T5's output holds the encoder's state, and a record of the decoder's context what was pooled from it."""
     model, batch = {
-        "chain": lambda: (chain(True, routing="tag"), {"x": torch.randn(3, 5, 8), "routing_tags": [0, 1, 2]}),
+        "chain": lambda: (chain(True, routing="tag"), {"x": inputs(), "routing_tags": [0, 1, 2]}),
         "t5": lambda: (routed().train(), t5_batch()),
         "timm": lambda: (routed(tiny_resnet()).train(), {"x": images()}),
     }[kind]()
@@ -161,7 +170,7 @@ def test_nothing_outlives_the_graph(kind):
 
 def test_forwards_of_two_threads_are_not_mixed_up():
     """Autograd counts per thread, so a recomputation may fit a forward of each; that is an error, never a guess."""
-    model, outs, x = chain(True, routing="tag"), [], torch.randn(2, 5, 8)
+    model, outs, x = chain(True, routing="tag"), [], inputs(2)
     threads = [
         threading.Thread(target=lambda tags=tags: outs.append(model(x, routing_tags=tags))) for tags in ([0, 1], [1, 2])
     ]

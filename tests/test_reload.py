@@ -38,6 +38,7 @@ def fields_of(routing):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("reloaded answers are equal bit for bit", "T5")
 def test_t5(tmp_path, routing):
     model = get_peft_model(tiny_t5(dropout_rate=0.1), SmearConfig(**fields_of(routing)))
     start = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -55,6 +56,7 @@ def test_t5(tmp_path, routing):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("reloaded answers are equal bit for bit", "ResNet")
 def test_resnet(tmp_path, routing):
     model = get_peft_model(tiny_resnet("resnet18"), SmearConfig(**fields_of(routing), modules_to_save=["fc"]))
     extra = extras(routing, 3)

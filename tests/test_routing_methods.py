@@ -68,6 +68,7 @@ def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("every routing method: trains, saves, reloads", "T5", "ResNet")
 def test_trains_saves_reloads_and_generates(routing, kind, tmp_path):
     make, problem, loss_fn = KINDS[kind]
     model, more = fresh(make(), routing), routing_columns(routing)

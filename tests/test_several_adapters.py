@@ -12,6 +12,7 @@ from .models import images, perceptron, tiny_resnet, tiny_t5
 from .routed import enliven, routed
 
 
+@pytest.mark.feature("several adapters: switch, disable, delete", "T5")
 def test_adding_switching_disabling_and_deleting():
     model = routed()
     bare, first = answer(tiny_t5()), answer(model)
@@ -73,6 +74,7 @@ def hooks_of(model):
         (perceptron, lambda m: m(torch.ones(2, 6)).detach(), {"target_modules": ["first", "act"]}),
     ],
 )
+@pytest.mark.feature("`unload` gives the base back", "T5", "ResNet", "any other")
 def test_unload_gives_the_base_back(make, call, fields):
     base = make()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}

@@ -48,6 +48,7 @@ def at_once(run: Callable[[int], Tensor], calls: int = CALLS) -> list[tuple[int,
 
 
 @pytest.mark.parametrize("routing", ["smear", "tag"])
+@pytest.mark.feature("two threads at once", "T5")
 def test_forwards_at_once(routing):
     model, batches = routed(routing=routing), jobs(routing)
 
@@ -93,6 +94,7 @@ def test_a_forward_beside_a_generate():
         close(result.float(), expected[job].float(), 1e-6)
 
 
+@pytest.mark.feature("two threads at once", "ResNet")
 def test_images_with_tags_at_once():
     model = routed(tiny_resnet(), routing="tag")
     x, tags = torch.randn(3, 3, 32, 32), [torch.tensor([0, 1, 2]), torch.tensor([2, 0, 1])]

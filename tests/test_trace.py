@@ -31,6 +31,7 @@ def traced(model: nn.Module, **batch):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.feature("`trace` of the routes", "T5")
 def test_weights_of_every_site_in_forward_order(routing):
     model = routed(routing=routing)
     routes = traced(model, **t5_batch(), **extras(routing, 3))
@@ -48,6 +49,7 @@ def test_weights_of_every_site_in_forward_order(routing):
 LOOKING = ("smear", "ensemble", "top_k", "st_gumbel", "reinforce", "dselect_k")
 
 
+@pytest.mark.feature("`trace` of the routes", "ResNet")
 def test_a_resnet_has_the_sites_of_its_blocks():
     model = enliven(get_peft_model(tiny_resnet(), SmearConfig(num_experts=3, bottleneck_dim=4))).eval()
     x = images()

@@ -122,6 +122,7 @@ def test_a_trainer_does_what_a_plain_loop_does(tmp_path):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.feature("gradient accumulation", "T5")
 def test_accumulated_batches_are_one_large_batch(smoothing, tmp_path):
     """Labels of different lengths: task losses must be weighed by their tokens, terms by their examples."""
     one, accumulated = (routed(routing="dselect_k", num_experts=4) for _ in range(2))
@@ -188,6 +189,7 @@ def test_without_its_column_a_method_says_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("routing", ["tag", "hash", "smear"])
+@pytest.mark.feature("Seq2SeqTrainer: `predict_with_generate`", "T5")
 def test_predict_with_generate(routing, tmp_path):
     model = routed(routing=routing)
     trainer = trainer_for(model, tmp_path, predict_with_generate=True, per_device_eval_batch_size=2)

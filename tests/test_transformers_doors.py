@@ -20,6 +20,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{}, {"routing": "single"}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.feature("transformers' `add_adapter`, `load_adapter`", "T5")
 def test_add_adapter_save_and_every_way_to_load(tmp_path, fields):
     model = tiny_t5()
     model.add_adapter(SmearConfig(**SMALL, **fields))

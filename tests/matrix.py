@@ -1,0 +1,99 @@
+"""README.md's table of features by architecture, from the marks that tests carry: `python -m tests.matrix` writes it.
+
+A test says what it shows with `@pytest.mark.feature(FEATURE, ARCHITECTURE, ...)`. tests/test_matrix.py fails when the
+marks and the table disagree.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- made by `python -m tests.matrix` -->\n", "<!-- end of what it made -->"
+ARCHITECTURES = {"T5": "T5", "ResNet": "timm ResNet", "any other": "any other, by `target_modules`"}
+FEATURES = (
+    "every routing method: trains, saves, reloads",
+    "reloaded answers are equal bit for bit",
+    "several adapters: switch, disable, delete",
+    "`unload` gives the base back",
+    "`adapter_names`: rows under different adapters",
+    "transformers' `add_adapter`, `load_adapter`",
+    "PEFT's own test-suite",
+    "routes do not depend on padding and batch mates",
+    "`generate`: beams, with and without the cache",
+    "two threads at once",
+    "`trace` of the routes",
+    "gradient checkpointing",
+    "gradient accumulation",
+    "bfloat16",
+    "autocast",
+    "`torch.compile`, one graph",
+    "DDP without `find_unused_parameters`",
+    "FSDP2: training, saving",
+    "FSDP2: `generate` from gathered parameters",
+    "Accelerate: `save_state`, `load_state`",
+    "Trainer, Seq2SeqTrainer: `load_best_model_at_end`",
+    "Seq2SeqTrainer: `predict_with_generate`",
+    "Trainer, Seq2SeqTrainer: resume",
+    "base quantised by torchao, int8 and int4",
+    "base quantised by bitsandbytes, 8 and 4 bit",
+)
+
+
+def marks(folder: Path = ROOT / "tests") -> Iterator[tuple[str, str, str, str, bool]]:
+    """(feature, architecture, file, test, whether it is slow) of every mark on a test, on a parameter of it too."""
+    for file in sorted(folder.glob("test_*.py")):
+        for test in ast.parse(file.read_text()).body:
+            if not isinstance(test, ast.FunctionDef) or not test.name.startswith("test_"):
+                continue
+            slow = any(ast.unparse(decorator).endswith("slow") for decorator in test.decorator_list)
+            for call in [node for decorator in test.decorator_list for node in ast.walk(decorator)]:
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.feature":
+                    feature, *architectures = [ast.literal_eval(argument) for argument in call.args]
+                    for architecture in architectures:
+                        yield feature, architecture, file.name, test.name, slow
+
+
+def table() -> str:
+    """The table, in Markdown.
+
+    Raises:
+        ValueError: a mark names no feature or architecture of the lists above, or a feature has no test.
+    """
+    cells: dict[tuple[str, str], dict[tuple[str, bool], list[str]]] = {}
+    for feature, architecture, file, test, slow in marks():
+        if feature not in FEATURES or architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"{file}, {test}: no feature {feature!r} or architecture {architecture!r} in tests/matrix.py"
+            )
+        cells.setdefault((feature, architecture), {}).setdefault((file, slow), []).append(test)
+    if bare := set(FEATURES) - {feature for feature, _ in cells}:
+        raise ValueError(f"no test carries a mark for {sorted(bare)}")
+    lines = [["", *ARCHITECTURES.values()], ["---"] * (len(ARCHITECTURES) + 1)]
+    lines += [[feature, *(cell(cells.get((feature, kind), {})) for kind in ARCHITECTURES)] for feature in FEATURES]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell(tests: dict[tuple[str, bool], list[str]]) -> str:
+    """A link to each file, whose title names the tests; "-" without any."""
+    links = [
+        f'[{"slow" if slow else "yes"}](tests/{file} "{", ".join(dict.fromkeys(names))}")'
+        for (file, slow), names in tests.items()
+    ]
+    return ", ".join(links) or "-"
+
+
+def updated(text: str) -> str:
+    """README.md's text with the table as it should be."""
+    before, _, rest = text.partition(BEGIN)
+    old, _, after = rest.partition(END)
+    if not old or not after:
+        raise ValueError(f"README.md has no part between {BEGIN.strip()} and {END}")
+    return before + BEGIN + table() + END + after
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text()))
