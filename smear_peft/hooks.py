@@ -157,6 +157,8 @@ class RootHook:
     def _warn_of_lost_terms(self, context: RoutingContext) -> None:
         if self.warned or context.traces or context.recomputed:
             return
+        if torch.compiler.is_compiling():  # a graph cannot warn
+            return
         for config in self.configs().values():
             method = get_method(config.routing)
             terms = [*method.losses, *(["balance"] if config.balance_weight > 0 else [])]
