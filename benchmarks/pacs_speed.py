@@ -28,7 +28,7 @@ from recipes.image_models import adapt
 from recipes.image_scoring import ROUTED
 from recipes.image_settings import ImageJob
 from recipes.image_training import routed_step
-from recipes.run_folder import read_yaml, write_json
+from recipes.run_folder import write_json
 from recipes.sweep import read_jobs
 
 CLASSES, DOMAINS = 7, ["art_painting", "cartoon", "photo", "sketch"]
@@ -47,8 +47,7 @@ def settings_of_rows(sweep: Path) -> dict[str, ImageJob]:
     """The first seed of each row."""
     rows: dict[str, ImageJob] = {}
     for job in read_jobs(sweep):
-        given = {**(read_yaml(Path(job.config)) if job.config else {}), **job.settings}
-        rows.setdefault(job.folder.name.partition("-seed")[0], ImageJob(**given))
+        rows.setdefault(job.folder.name.partition("-seed")[0], ImageJob(**job.given()))
     return rows
 
 

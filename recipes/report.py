@@ -98,10 +98,7 @@ def keep(rows: Rows, report: Path, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--runs")
-    report = parse(Report, words)
+    report = parse(Report, arguments, first="runs")
     rows = group(read_run(folder) for folder in find_runs(map(Path, report.runs)))
     with writing(Path(report.out)) as folder:
         text = write_report(rows, report, folder)

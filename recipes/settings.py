@@ -23,17 +23,21 @@ class ConfigFile:
     config: str | None = field(default=None, metadata={"help": "YAML file of settings; the command line overrides it."})
 
 
-def parse(kind: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
+def parse(kind: type[Settings], arguments: Sequence[str] | None = None, first: str | None = None) -> Settings:
     """Settings from `--config file.yaml` and `--name value`, the latter winning.
 
     Args:
         kind: the dataclass to fill.
         arguments: command line without the program's name; None: this process's.
+        first: the setting that the command line may begin with, without its `--name`.
 
     Raises:
         ValueError: a name is unknown; the message suggests the nearest one.
     """
-    return parse_all((kind,), arguments)[0]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if first is not None and words and not words[0].startswith("-"):
+        words.insert(0, f"--{first}")
+    return parse_all((kind,), words)[0]
 
 
 def parse_all(

@@ -78,9 +78,12 @@ class Job:
         """
         if not (self.folder / "metrics.json").is_file():
             return False
-        own = {**(read_yaml(Path(self.config)) if self.config else {}), **self.settings}
-        refuse_other_run(self.folder, {name: _number(value) for name, value in own.items()})
+        refuse_other_run(self.folder, {name: _number(value) for name, value in self.given().items()})
         return True
+
+    def given(self) -> dict[str, Any]:
+        """The settings of its file and its own."""
+        return {**(read_yaml(Path(self.config)) if self.config else {}), **self.settings}
 
 
 def read_jobs(path: Path, output_dir: str | None = None) -> list[Job]:
@@ -206,10 +209,7 @@ def run_all(jobs: list[Job], runner: Runner, at_a_time: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 if every job is complete."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--sweep")
-    sweep = parse(Sweep, words)
+    sweep = parse(Sweep, arguments, first="sweep")
     jobs = read_jobs(Path(sweep.sweep), sweep.output_dir)
     if importlib.util.find_spec(jobs[0].recipe) is None:
         raise ModuleNotFoundError(f"{sweep.sweep} names the recipe {jobs[0].recipe}, which is no module here.")

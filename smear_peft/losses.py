@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smear_peft.precision import widened
+
 IGNORED = -100
 
 
@@ -26,7 +28,7 @@ def label_smoothed_nll(logits: Tensor, labels: Tensor, epsilon: float = 0.0, red
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction={reduction!r} is unknown; possible: none, sum, mean.")
-    log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    log_probs = widened(logits).log_softmax(-1)
     counts = labels != IGNORED
     nll = -log_probs.gather(-1, labels.masked_fill(~counts, 0).unsqueeze(-1)).squeeze(-1)
     tokens = ((1 - epsilon) * nll - epsilon * log_probs.mean(-1)) * counts
@@ -86,7 +88,5 @@ def consistency(logits_1: Tensor, logits_2: Tensor) -> Tensor:
     Returns:
         A scalar, in nats. Padded positions count, as in the authors' code.
     """
-    a, b = (
-        (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1) for logits in (logits_1, logits_2)
-    )
+    a, b = (widened(logits).log_softmax(-1) for logits in (logits_1, logits_2))
     return 0.5 * ((a.exp() - b.exp()) * (a - b)).sum(-1).mean()

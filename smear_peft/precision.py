@@ -19,6 +19,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in at least float32."""
+    return cast(tensor, at_least_float32(tensor.dtype))
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off for a `with` block; free where it is off already."""
     kind = device.type

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from smear_peft.precision import widened
 from smear_peft.routing.base import Query, Router, draw
 from smear_peft.routing.mixture import Mixture
 
@@ -53,8 +54,7 @@ class SkillRouter(Router):
     def forward(self, query: Query) -> Mixture:
         """Weights (B, N) by `routing_tags`, to merge by."""
         assert query.tags is not None
-        weight = self.skill.weight
-        logits = weight if weight.dtype == torch.float64 else weight.float()
+        logits = widened(self.skill.weight)
         if self.training:
             uniform = draw(logits)
             logits = logits + torch.log(uniform) - torch.log(1 - uniform)

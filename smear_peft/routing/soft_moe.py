@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from smear_peft.precision import cast, widened
 from smear_peft.routing.base import Query, Router
 from smear_peft.routing.mixture import Mixture, Slots, Use
 
@@ -46,10 +47,11 @@ class SoftMoERouter(Router):
     def forward(self, query: Query) -> Mixture:
         """Slots; weights (B, N): the mean combine weight over unpadded positions, summed over an expert's slots."""
         assert query.tokens is not None
-        dtype = torch.float64 if query.tokens.dtype == torch.float64 else torch.float32
-        x, phi = query.tokens.to(dtype), self.softmoe.phi.to(dtype)
+        x = widened(query.tokens)
+        dtype = x.dtype
+        phi = cast(self.softmoe.phi, dtype)
         x = x / (x.norm(dim=-1, keepdim=True) + 1e-6)
-        phi = phi / (phi.norm(dim=0, keepdim=True) + 1e-6) * self.softmoe.scale.to(dtype)
+        phi = phi / (phi.norm(dim=0, keepdim=True) + 1e-6) * cast(self.softmoe.scale, dtype)
         logits = x @ phi.flatten(1)  # (B, L, N * P)
         combine = logits.softmax(-1)
         per_expert = combine.unflatten(-1, (self.num_experts, self.slots)).sum(-1)  # (B, L, N)

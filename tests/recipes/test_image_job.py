@@ -17,6 +17,7 @@ from recipes.image_scoring import by_domain
 from recipes.image_settings import ImageJob
 from recipes.resnet_domainnet import load_base, main, run
 from recipes.run_folder import read_json, read_yaml
+from tests.launch import torchrun
 from tests.recipes.pictures import job, picture_folder, small
 from tests.recipes.small import ROOT, words
 
@@ -162,19 +163,11 @@ def test_a_longer_run_goes_on_from_a_shorter_one(finished, pictures, tmp_path):
 # Several processes
 
 
-def torchrun(arguments: list[str]) -> str:
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*program, "recipes/resnet_domainnet.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=QUICK, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_two_processes_give_what_one_gives(pictures, tmp_path):
     """Nothing random in the model, and blocks that do not look at the rest of the batch."""
     calm = small(pictures, expert_dropout=0.0, block_batch_norm="running", learning_rate=1e-3)
     main(words({**calm, "output_dir": str(tmp_path / "one")}))
-    printed = torchrun(words({**calm, "output_dir": str(tmp_path / "two")}))
+    printed = torchrun("recipes/resnet_domainnet.py", *words({**calm, "output_dir": str(tmp_path / "two")}))
     assert printed.count("everything is in") == 1, "reported once"
     one, two = (read_json(tmp_path / name / "metrics.json") for name in ("one", "two"))
     assert {name: two[name] for name in SAME} == {name: one[name] for name in SAME}

@@ -10,6 +10,7 @@ import torch
 
 from recipes.t5_glue import main
 from recipes.t5_trainer import GlueTrainer
+from tests.launch import torchrun
 from tests.recipes.small import NO_DROPOUT, RESULTS, ROOT, adapter, command, equal, metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,23 +109,11 @@ def interrupt(*args, **kwargs):
 # Several processes
 
 
-def torchrun(script: str, arguments: list[str], **environment: str) -> str:
-    """Two processes, standalone: with a port of their own, so that launches at the same time do not meet. The recipe,
-    started as a script, must find its modules by itself, so no path is given to it.
-    """
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    environment = {**QUICK, **environment}
-    done = subprocess.run(
-        [*program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_two_processes_give_what_one_gives(tmp_path):
     short = {"max_steps": 16, **NO_DROPOUT}
     main(command(tmp_path / "one", **short))
-    printed = torchrun("recipes/t5_glue.py", command(tmp_path / "two", **short))
+    # Started as a script, the recipe must find its modules by itself: no path is given to it.
+    printed = torchrun("recipes/t5_glue.py", *command(tmp_path / "two", **short))
     assert printed.count("mean of the numbers") == 1, "reported once"
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert two["average"] == pytest.approx(one["average"], rel=1e-4)
@@ -161,7 +150,7 @@ def test_two_processes_with_dropout_end_with_equal_replicas_and_go_on(tmp_path):
     program.write_text(REPLICAS)
     short = {"routing": "reinforce", "eval_steps": 4, "save_steps": 4}
     for steps in (4, 8):
-        printed = torchrun(str(program), command(tmp_path / "run", max_steps=steps, **short), PYTHONPATH=str(ROOT))
+        printed = torchrun(str(program), *command(tmp_path / "run", max_steps=steps, **short), PYTHONPATH=str(ROOT))
         assert "replica 0 equal" in printed
         assert "replica 1 equal" in printed
         assert metrics(tmp_path / "run")["steps"] == steps
@@ -170,4 +159,4 @@ def test_two_processes_with_dropout_end_with_equal_replicas_and_go_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_sharded_model_generates_what_the_whole_one_does(finished):
-    assert torchrun("tests/recipes/sharded.py", [str(finished / "base")], PYTHONPATH=str(ROOT)).split() == ["same"] * 4
+    assert torchrun("tests/recipes/sharded.py", str(finished / "base"), PYTHONPATH=str(ROOT)).split() == ["same"] * 4
