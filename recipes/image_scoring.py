@@ -114,8 +114,3 @@ def by_domain(predictions: list[int], labels: list[int], domains: list[str]) -> 
     found = domain_accuracies(predictions, labels, domains)
     ordered = {name: found[f"accuracy_{name}"] for name in dict.fromkeys(domains)}
     return {"domains": ordered, "micro": found["accuracy_micro"], "macro": found["accuracy_macro"]}
-
-
-def uniform(site: str, weights: Tensor) -> Tensor:
-    """Routes for `smear_peft.override_routes` that tell no example from another: (B, N), all 1 / N."""
-    return torch.full_like(weights, 1 / weights.shape[1])

@@ -25,10 +25,11 @@ if not __package__:  # run as a script
 
 import smear_peft
 from recipes import digits, image_lists
+from recipes.controls import uniform
 from recipes.domainnet_hub import fetch
 from recipes.image_checkpoint import FILE, Progress
 from recipes.image_models import adapt, count_trained, load_base, put_back, save_adapted, trained_tensors
-from recipes.image_scoring import Predictions, accuracies, predict, uniform
+from recipes.image_scoring import Predictions, accuracies, predict
 from recipes.image_set import LabelledImages, Splits
 from recipes.image_settings import DIGITS, HUB, Command, ImageJob, located
 from recipes.image_training import train

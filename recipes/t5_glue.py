@@ -24,10 +24,10 @@ if not __package__:  # run as a script
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and DataLoader's processes do not mix
 
-import torch
 from transformers import DataCollatorForSeq2Seq
 
 import smear_peft
+from recipes.controls import uniform
 from recipes.glue_card import glue_card
 from recipes.glue_data import Splits, load_glue
 from recipes.glue_scoring import score
@@ -126,7 +126,7 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) 
     metrics = score(answers, job.scoring)
     files = {"predictions.jsonl": answers}
     if job.uniform_control:
-        with smear_peft.override_routes(model, lambda site, weights: torch.full_like(weights, 1 / weights.shape[1])):
+        with smear_peft.override_routes(model, uniform):
             control, _ = trainer.answer(questions, "testing uniform routes")
         metrics["uniform_routes"] = score(control, job.scoring)
         files[CONTROL] = control

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 
 import smear_peft
+from recipes.controls import uniform
 from recipes.image_batches import Plan, in_random_order
 from recipes.image_models import count_trained, load_adapted, save_adapted
-from recipes.image_scoring import accuracies, predict, uniform
+from recipes.image_scoring import accuracies, predict
 from recipes.image_set import ImageSet
 from recipes.image_training import train
 from recipes.image_views import Crops, augment, cut, draw_crops
