@@ -26,5 +26,6 @@ for _ in range(2):
     model.eval()
     with whole_parameters(model):
         after = model.generate(**call)
-    print("same" if torch.equal(before, after) else "other", flush=True)
+    # Both processes write to one pipe: a line must be a single write, also where Python does not buffer.
+    print("same\n" if torch.equal(before, after) else "other\n", end="", flush=True)
 dist.destroy_process_group()

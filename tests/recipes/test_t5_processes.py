@@ -136,7 +136,8 @@ class Trainer(t5_glue.GlueTrainer):
         own = torch.cat([p.detach().flatten() for p in self.model.parameters() if p.requires_grad])
         other = own.clone()
         dist.broadcast(other, 0)
-        print("replica", dist.get_rank(), "equal" if torch.equal(own, other) else "different", flush=True)
+        same = "equal" if torch.equal(own, other) else "different"
+        print(f"replica {dist.get_rank()} {same}\\n", end="", flush=True)
         return output
 t5_glue.GlueTrainer = Trainer
 t5_glue.main(sys.argv[1:])
