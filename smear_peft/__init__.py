@@ -18,10 +18,12 @@ from smear_peft.objective import auxiliary_loss, routed_loss  # noqa: E402
 from smear_peft.routing import ROUTINGS  # noqa: E402
 from smear_peft.site import Site  # noqa: E402
 from smear_peft.sites import list_sites  # noqa: E402
+from smear_peft.telemetry import RoutingTelemetry, append_json_line  # noqa: E402
 from smear_peft.temperature import parameter_groups, set_temperature, temperature_at  # noqa: E402
 from smear_peft.trace import Trace, override_routes, trace  # noqa: E402
 
 if TYPE_CHECKING:
+    from smear_peft.telemetry_callback import RoutingCallback, telemetry_first
     from smear_peft.trainer import RoutedCollator, SmearSeq2SeqTrainer, SmearTrainer, TemperatureCallback
 
 __version__ = importlib.metadata.version("smear-peft")
@@ -29,6 +31,8 @@ __version__ = importlib.metadata.version("smear-peft")
 __all__ = [
     "ROUTINGS",
     "RoutedCollator",
+    "RoutingCallback",
+    "RoutingTelemetry",
     "Site",
     "SmearConfig",
     "SmearLayer",
@@ -37,6 +41,7 @@ __all__ = [
     "SmearTrainer",
     "TemperatureCallback",
     "Trace",
+    "append_json_line",
     "auxiliary_loss",
     "list_sites",
     "load",
@@ -44,11 +49,13 @@ __all__ = [
     "parameter_groups",
     "routed_loss",
     "set_temperature",
+    "telemetry_first",
     "temperature_at",
     "trace",
 ]
 
 _TRAINER = ("RoutedCollator", "SmearSeq2SeqTrainer", "SmearTrainer", "TemperatureCallback")
+_TELEMETRY = ("RoutingCallback", "telemetry_first")
 
 
 def __getattr__(name: str) -> Any:
@@ -57,4 +64,8 @@ def __getattr__(name: str) -> Any:
         from smear_peft import trainer  # noqa: PLC0415
 
         return getattr(trainer, name)
+    if name in _TELEMETRY:
+        from smear_peft import telemetry_callback  # noqa: PLC0415
+
+        return getattr(telemetry_callback, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -95,7 +95,7 @@ class RoutedGenerate:
         context = self.hook.context(self.model, given, rows)
         for trace in context.traces:
             if trace.root is self.model:
-                trace.begin()
+                trace.begin(given.get("routing_tags"))
         with entered(context._replace(owner=self, generation=Generation(rows))):
             generate = type(self.model).generate  # type: ignore[attr-defined]
             return generate(self.model, *args, **kwargs)

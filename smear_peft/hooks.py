@@ -94,7 +94,7 @@ class RootHook:
             context = self.context(module, given, batch_size(args, kwargs))
             for trace in context.traces:
                 if trace.root is module:
-                    trace.begin()
+                    trace.begin(given.get("routing_tags"))
         if self.is_stack:
             mask = context.routing_mask
             if mask is None:
@@ -155,7 +155,7 @@ class RootHook:
         return found
 
     def _warn_of_lost_terms(self, context: RoutingContext) -> None:
-        if self.warned or context.traces or context.recomputed:
+        if self.warned or any(trace.holds_terms for trace in context.traces) or context.recomputed:
             return
         if torch.compiler.is_compiling():  # a graph cannot warn
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class Trace:
         config: the traced adapter's configuration (that of its blocks), None before the first forward.
     """
 
+    holds_terms = True  # so that a training forward within it loses no auxiliary term
+
     def __init__(self, root: nn.Module, adapter: str | None) -> None:
         self.root = root
         self.adapter = adapter
@@ -36,8 +38,8 @@ class Trace:
         self._layers = {id(layer) for _, layer in routed_layers(root)}
         self.begin()
 
-    def begin(self) -> None:
-        """Forget the forward before: called when a new one starts."""
+    def begin(self, tags: Any = None) -> None:
+        """Forget the forward before: called when a new one starts, with its `routing_tags` if it was given any."""
         self.weights: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         self.chosen: dict[str, Tensor] = {}

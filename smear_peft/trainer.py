@@ -35,6 +35,7 @@ from smear_peft.context import ROUTED_ARGUMENTS
 from smear_peft.losses import example_losses, label_smoothed_nll
 from smear_peft.objective import logits_of, routed_step, shifts_labels
 from smear_peft.sites import base_model
+from smear_peft.telemetry_callback import telemetry_first
 from smear_peft.temperature import SKILL_FACTOR, anneal_temperature, faster_skills
 
 
@@ -209,8 +210,9 @@ class SmearTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's train; what an earlier call left unlogged is forgotten."""
+        """Trainer's train; what an earlier call left unlogged is forgotten, and telemetry comes before the trackers."""
         self._terms, self._steps = {}, 0.0
+        telemetry_first(self)
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
