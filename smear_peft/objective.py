@@ -105,7 +105,7 @@ def routed_loss(
         ValueError: the output has no loss, or per-example losses are needed and cannot be had.
     """
     inputs = batch
-    if loss_fn is not None and "labels" in batch and not _takes_labels(model):
+    if loss_fn is not None and "labels" in batch and not takes_labels(model):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
 
     def forward() -> tuple[Tensor, Any, Callable[[], Tensor]]:
@@ -191,7 +191,8 @@ def _per_example(loss: Tensor) -> Tensor:
     return loss
 
 
-def _takes_labels(model: nn.Module) -> bool:
+def takes_labels(model: nn.Module) -> bool:
+    """Whether labels may be among the arguments of a model's forward."""
     parameters = inspect.signature(base_model(model).forward).parameters.values()
     return any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in parameters)
 
