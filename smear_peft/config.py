@@ -14,6 +14,7 @@ from smear_peft.routing import get_method
 MAX_EXPERTS = 4096
 MAX_WIDTH = 2**20  # of an expert, and slots; above it a file is broken, or means harm
 FORMAT_VERSION = 1
+NEEDS = "pip install smear-peft, and `import smear_peft` before PEFT loads this adapter"
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "tanh", "identity"),
@@ -116,6 +117,7 @@ class SmearConfig(PeftConfig):
     slots_per_expert: int = _setting("soft_moe: slots P of an expert.", 1)
     routing_options: dict[str, Any] = _setting("Settings of methods registered from outside.", factory=dict)
     format_version: int = _setting("Version of the adapter's file format.", FORMAT_VERSION)
+    needs: str = _setting("For whoever opens adapter_config.json because PEFT stopped with KeyError: 'SMEAR'.", NEEDS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +149,7 @@ class SmearConfig(PeftConfig):
 
     def _check_types(self) -> None:
         whole = ("num_experts", "reduction_factor", "top_k", "slots_per_expert", "format_version")
-        for name in ("routing", *CHOICES):
+        for name in ("routing", "needs", *CHOICES):
             self._expect(name, str, "a string")
         for name in whole:
             self._expect(name, int, "a whole number")

@@ -97,6 +97,7 @@ WRONG_TYPES = [
     ("slots_per_expert", 1.5),
     ("routing_options", None),
     ("format_version", "1"),
+    ("needs", None),
     ("inference_mode", "no"),
     ("base_model_name_or_path", 3),
     ("revision", 3),

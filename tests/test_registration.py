@@ -145,3 +145,10 @@ def test_the_public_names_are_there():
     for name in smear_peft.__all__:
         assert getattr(smear_peft, name) is not None
     assert smear_peft.__version__.count(".") == 2
+
+
+def test_what_to_import_stands_beside_the_unknown_type_in_the_file(tmp_path):
+    SmearConfig().save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "pip install smear-peft" in found["needs"]
+    assert "import smear_peft" in found["needs"]
