@@ -26,17 +26,18 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes import digits
-from recipes.figures import contact_sheet, routing_heatmap
+from recipes.figures import contact_sheet
 from recipes.image_models import save_base
 from recipes.image_scoring import accuracies, predict
 from recipes.image_set import LabelledImages, Splits
 from recipes.image_settings import DIGITS, ImageJob, TrainingSettings
 from recipes.image_training import train
 from recipes.image_views import normalised
-from recipes.resnet_domainnet import classes_of, job_settings, run
-from recipes.run_card import loading_lines
-from recipes.run_folder import read_json, writing
+from recipes.resnet_domainnet import classes_of, run
+from recipes.run_folder import writing
 from recipes.settings import parse
+from smear_peft.analysis import plot_routing, read_routes
+from smear_peft.cards import loading_lines, read_run
 
 TABLE_WIDTH = 104
 
@@ -73,13 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows[f"SMEAR, {demo.num_experts} x r = {demo.bottleneck_dim}"] = found = run(smear, output / "smear", data)
     rows["SMEAR, merged evenly"] = found["uniform_routes"]
     console.print(accuracy_table(rows, data.test.domain_names))
-    title = "SMEAR: mean routing weight of each expert (columns) for each domain (rows), at each site"
-    routing_heatmap(read_json(output / "smear" / "routing.json"), output / "routing.png", title)
+    title = "SMEAR: mean routing weight of each expert for each domain, at each site"
+    plot_routing(read_routes(output / "smear"), output / "routing.png", title)
 
     console.print("\nThe same adapter, reloaded in a fresh process:")
     command = [sys.executable, str(Path(__file__).with_name("rescore.py")), "--run_folder", str(output / "smear")]
     reloaded = subprocess.run(command, check=False).returncode
-    _say_where(output, loading_lines(job_settings(smear), classes_of(data), str(output / "smear" / "adapter")))
+    _say_where(output, loading_lines(read_run(output / "smear"), str(output / "smear" / "adapter")))
     return reloaded
 
 

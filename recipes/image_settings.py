@@ -131,6 +131,9 @@ class Command(ImageJob):
     """A job and its place."""
 
     output_dir: str = field(default="runs/resnet_domainnet", metadata={"help": "The run folder to write."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "user/name on the Hub: push there at the end."})
+    hub_private: bool = field(default=False, metadata={"help": "push_to_hub: make it a private repository."})
+    hub_revision: str | None = field(default=None, metadata={"help": "push_to_hub: branch. Default: main."})
 
 
 def located(path: str) -> str:

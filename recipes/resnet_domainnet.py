@@ -34,9 +34,12 @@ from recipes.image_set import LabelledImages, Splits
 from recipes.image_settings import DIGITS, HUB, Command, ImageJob, located
 from recipes.image_training import train
 from recipes.processes import processes
-from recipes.run_card import run_card
+from recipes.push import Push, push
 from recipes.run_folder import refuse_other_run, write_json, write_lines, write_text, write_yaml, writing
 from recipes.settings import parse
+from smear_peft.cards import draw_routes, run_card
+from smear_peft.cards.runs import Run
+from smear_peft.hub import check_target
 
 MAY_CHANGE = ("steps", "report", "workers", "eval_batch_size", "data_dir")
 
@@ -94,7 +97,8 @@ def run(job: ImageJob, folder: Path, data: Splits | None = None) -> dict[str, An
         write_lines(folder / "log.jsonl", progress.log)
         write_lines(folder / "predictions.jsonl", prediction_rows(predictions, data.test))
         write_json(folder / "routing.json", predictions.routing)
-        write_text(folder / "README.md", run_card(config, metrics, classes))
+        draw_routes(predictions.routing, folder, name)
+        write_text(folder / "README.md", run_card([Run(folder, config, metrics)]))
         write_json(folder / "metrics.json", metrics)
     state.wait_for_everyone()
     return metrics
@@ -160,9 +164,14 @@ def prediction_rows(predictions: Predictions, images: LabelledImages) -> list[di
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
     command = parse(Command, arguments)
+    if command.push_to_hub:
+        check_target(command.push_to_hub)
     metrics = run(command, Path(command.output_dir))
     if processes().is_main_process:
         print(f"micro {metrics['micro']:.3f}, macro {metrics['macro']:.3f}; everything is in {command.output_dir}")
+        if command.push_to_hub:
+            target = Push(command.output_dir, command.push_to_hub, command.hub_private, command.hub_revision)
+            print(f"pushed: {push(target)}")
     return metrics
 
 

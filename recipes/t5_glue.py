@@ -28,17 +28,20 @@ from transformers import DataCollatorForSeq2Seq
 
 import smear_peft
 from recipes.controls import uniform
-from recipes.glue_card import glue_card
 from recipes.glue_data import Splits, load_glue
 from recipes.glue_scoring import score
 from recipes.multitask import MixtureSampler
 from recipes.prompts import ask, original_templates, templates_folder
+from recipes.push import Push, push
 from recipes.run_folder import write_json, write_lines, write_text, write_yaml, writing
 from recipes.settings import parse_all
 from recipes.t5_base import RANDOM, Adapter, Base, adapt, copy_adapter, load_adapter, load_base, make_base
 from recipes.t5_data import Encoder, Questions, Templates, TrainingExamples
 from recipes.t5_settings import PAPER, Data, Job, Training, prepare, same_run
 from recipes.t5_trainer import PARTIAL, GlueTrainer, last_whole_checkpoint, token_loss
+from smear_peft.cards import draw_routes, run_card
+from smear_peft.cards.runs import Run
+from smear_peft.hub import check_target
 from smear_peft.trainer import RoutedCollator
 
 CONTROL = "predictions_uniform_routes.jsonl"
@@ -151,7 +154,8 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) 
         for name, rows_of_file in files.items():
             write_lines(folder / name, rows_of_file)
         write_json(folder / "routing.json", routing)
-        write_text(folder / "README.md", glue_card(config, metrics))
+        draw_routes(routing, folder, f"{adapter.routing} (seed {seed})")
+        write_text(folder / "README.md", run_card([Run(folder, config, metrics)]))
         write_json(folder / "metrics.json", metrics)
     trainer.accelerator.wait_for_everyone()
     return metrics
@@ -174,7 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The command."""
     kinds = (Data, Base, Adapter, Job, Training)
     data, base, adapter, job, training = parse_all(kinds, arguments, PAPER, (__doc__ or "").partition("\n")[0])
+    if training.pushed_to:
+        check_target(training.pushed_to, training.hub_token)
     metrics = run(data, base, adapter, job, training)
+    if training.pushed_to and training.should_save:
+        target = Push(
+            str(training.output_dir), training.pushed_to, bool(training.hub_private_repo), training.hub_revision
+        )
+        print(f"pushed: {push(target, training.hub_token)}")
     if training.should_log:
         numbers, tasks = metrics["average"]["metrics"], metrics["average"]["tasks"]
         print(f"mean of the numbers {numbers:.1f}, of the tasks {tasks:.1f}; everything is in {training.output_dir}")

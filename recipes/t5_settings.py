@@ -109,6 +109,16 @@ class Training(Seq2SeqTrainingArguments):
 
     _argument_group_name = "training (Transformers' Seq2SeqTrainingArguments)"
 
+    push_to_hub: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "user/name on the Hub: push the run there at the end, with its card."}
+    )
+
+    def __post_init__(self) -> None:
+        # Trainer must not see it: it would push its checkpoints over our card.
+        wanted, self.push_to_hub = self.push_to_hub, None
+        self.pushed_to = None if str(wanted).lower() in ("none", "false", "") else wanted
+        super().__post_init__()
+
 
 def prepare(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) -> dict[str, Any]:
     """Check the settings that depend on each other, fill in those that follow, and return them all."""

@@ -11,6 +11,7 @@ from smear_peft.registration import register
 register()
 
 from smear_peft.config import SmearConfig  # noqa: E402
+from smear_peft.hub import push_to_hub  # noqa: E402
 from smear_peft.layer import SmearLayer  # noqa: E402
 from smear_peft.loading import load  # noqa: E402
 from smear_peft.model import SmearModel  # noqa: E402
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "override_routes",
     "parameter_groups",
+    "push_to_hub",
     "routed_loss",
     "set_temperature",
     "telemetry_first",

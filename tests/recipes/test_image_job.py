@@ -69,7 +69,7 @@ def equal(first: Path, second: Path) -> None:
 def test_a_job_leaves_all_parts_of_a_run_folder(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         "README.md", "adapter", "adapter_best", "adapter_last", "checkpoint.safetensors", "config.yaml", "log.jsonl",
-        "metrics.json", "predictions.jsonl", "routing.json"]  # fmt: skip
+        "metrics.json", "predictions.jsonl", "routing.json", "routing.png"]  # fmt: skip
     found = read_json(finished / "metrics.json")
     assert found["images"] == {"train": 24, "validation": 6, "test": 18}
     assert found["images_seen"] == 36
