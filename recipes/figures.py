@@ -1,52 +1,71 @@
-"""Figures of the image recipes, as PNG files."""
+"""Figures of the recipes, as PNG files. Routes are drawn by `smear_peft.analysis`."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from recipes.image_scoring import Routing
 from recipes.image_set import LabelledImages
 
+# The paper's groups (figure 2), each with a shape of its own, for greyscale and for colour-blind eyes (Okabe and Ito).
+GROUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "SMEAR": ("*", "#d55e00", ("smear",)),
+    "no adaptive routing": ("s", "#000000", ("single", "adamix", "hash")),
+    "metadata": ("^", "#0072b2", ("tag", "latent_skills")),
+    "gradient estimation": ("o", "#009e73", ("top_k", "st_gumbel", "reinforce")),
+    "ensemble": ("D", "#cc79a7", ("ensemble",)),
+    "others": ("v", "#777777", ()),
+}
 
-def routing_heatmap(routing: Routing, path: Path, title: str) -> None:
-    """One panel a site: domains down, experts across, the mean routing weight as colour and number.
+
+class Point(NamedTuple):
+    """A row in figure 2: its method, examples per second, and its headline score with the deviation over seeds."""
+
+    row: str
+    routing: str
+    speed: float
+    score: float
+    deviation: float
+
+
+def group_of(routing: str) -> str:
+    """The paper's group of a method."""
+    return next((name for name, (_, _, members) in GROUPS.items() if routing in members), "others")
+
+
+def accuracy_against_speed(points: list[Point], what: Mapping[str, str], path: Path | None = None) -> Figure:
+    """The paper's figure 2: to the right is faster, above is better; bars are standard deviations over seeds.
 
     Args:
-        routing: site -> domain -> N mean weights.
+        points: one a row.
+        what: "x" and "y", labels of the axes.
         path: PNG to write.
-        title: above the panels.
     """
-    columns = min(4, len(routing))
-    rows = math.ceil(len(routing) / columns)
-    domains, experts = np.array(list(next(iter(routing.values())).values())).shape
-    figure = Figure(figsize=(1.6 + (0.52 * experts + 0.35) * columns, 0.9 + (0.34 * domains + 0.65) * rows), dpi=120)
+    figure = Figure(figsize=(8.6, 4.8), dpi=130)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    top = max(max(row) for site in routing.values() for row in site.values())
-    for panel, (site, per_domain) in zip(panels.flat, routing.items(), strict=False):
-        weights = np.array(list(per_domain.values()))
-        image = panel.imshow(weights, cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        panel.set_title(site, fontsize=9)
-        panel.set_xticks(range(experts), [str(n + 1) for n in range(experts)], fontsize=8)
-        panel.set_yticks(range(domains), list(per_domain), fontsize=8)
-        panel.tick_params(length=0)
-        for (d, n), weight in np.ndenumerate(weights):
-            colour = "black" if weight > 0.6 * top else "white"
-            panel.text(n, d, f"{weight:.2f}".lstrip("0"), ha="center", va="center", fontsize=6.5, color=colour)
-    for panel in panels.flat[len(routing) :]:
-        panel.set_axis_off()
-    figure.suptitle(title, fontsize=11)
-    figure.supxlabel("expert", fontsize=9)
-    figure.tight_layout(rect=(0, 0, 0.94, 1))
-    bar = figure.add_axes((0.955, 0.15, 0.012, 0.65))
-    figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
-    figure.savefig(path)
+    axes = figure.add_axes((0.085, 0.12, 0.64, 0.83), label="accuracy against speed")
+    ordered = sorted(points, key=lambda point: (list(GROUPS).index(group_of(point.routing)), -point.score))
+    for number, point in enumerate(ordered, 1):
+        marker, colour, _ = GROUPS[group_of(point.routing)]
+        axes.errorbar(
+            point.speed, point.score, yerr=point.deviation or None, marker=marker, markersize=9, color=colour,
+            elinewidth=0.8, capsize=2, linestyle="none", label=f"{number}  {point.row}",
+        )  # fmt: skip
+        axes.annotate(str(number), (point.speed, point.score), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(what["x"])
+    axes.set_ylabel(what["y"])
+    axes.margins(x=0.08, y=0.12)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=7.5, frameon=False)
+    if path is not None:
+        figure.savefig(path, metadata={"Software": None})
+    return figure
 
 
 def contact_sheet(images: LabelledImages, path: Path, columns: int = 12, size: int = 32) -> None:

@@ -1,9 +1,11 @@
 """Tables and figures from run folders alone, of the image recipe or of T5-GLUE.
 
     python -m recipes.report runs/pacs --out report/pacs
+    python -m recipes.report results/pacs --out report/pacs --speed results/pacs_speed.json --paper
 
-Scores are recomputed from each run's predictions and must be those of its metrics.json; without predictions (as in
-results/) they are taken from there. Runs that differ in their seed alone are one row.
+`index.html` is all of it in one page that needs no network; beside it README.md, scores.csv, tables.tex (LaTeX, for
+booktabs) and the figures. Scores are recomputed from each run's predictions and must be those of its metrics.json;
+without predictions (as in results/) they are taken from there. Runs that differ in their seed alone are one row.
 """
 
 from __future__ import annotations
@@ -15,17 +17,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.figures import routing_heatmap
+from recipes.figures import Point, accuracy_against_speed
+from recipes.report_cost import TEST_SPEED, Speed, cost_table
+from recipes.report_page import Picture, page
+from recipes.report_paper import paper_dropout_table, paper_table
 from recipes.report_runs import find_runs, group, read_run
-from recipes.report_tables import Rows, against, dropout_table, long_form, scores_table
+from recipes.report_tables import WIDE, Rows, Table, against, dropout_table, long_form, scores_table
 from recipes.run_folder import read_json, write_text, writing
 from recipes.settings import parse
+from smear_peft.analysis import plot_routing, plot_similarity, similarity
 
-REFERENCE = "1x_parameters"
 KEPT = ("metrics.json", "config.yaml", "routing.json", "log.jsonl")
 
 
@@ -39,6 +46,7 @@ class Report:
         default=None, metadata={"help": "Row that the others are tested against. Default: 1x_parameters, or the first."}
     )
     speed: str | None = field(default=None, metadata={"help": "JSON of benchmarks/pacs_speed.py: adds its columns."})
+    paper: bool = field(default=False, metadata={"help": "Also print the paper's figures, told apart."})
     keep: str | None = field(
         default=None, metadata={"help": "Also copy the small parts of every run there, with the report beside them."}
     )
@@ -50,28 +58,66 @@ def write_report(rows: Rows, report: Report, folder: Path) -> str:
     Returns:
         The tables, as Markdown.
     """
-    reference = report.reference or (REFERENCE if REFERENCE in rows else next(iter(rows)))
+    reference = report.reference or next((row for row in rows if WIDE in row), next(iter(rows)))
     if reference not in rows:
         raise ValueError(f"There is no row {reference}; possible: {', '.join(rows)}.")
-    speed = read_json(Path(report.speed))["rows"] if report.speed else {}
-    tables = [scores_table(rows, speed)]
-    tables += [against(rows, reference)] if len(rows) > 1 else []
-    tables += [table for table in (dropout_table(rows),) if table]
+    speed: Speed = read_json(Path(report.speed))["rows"] if report.speed else {}
+    tables = all_tables(rows, reference, speed, report.paper)
     text = "\n".join(table.markdown() for table in tables)
-    lines = io.StringIO()
-    found = long_form(rows)
-    writer = csv.DictWriter(lines, list(found[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
-    write_text(folder / "scores.csv", lines.getvalue())
-    figures = []
-    for row, runs in rows.items():
-        routing = read_json(runs[0].folder / "routing.json")
-        if any(len(weights) > 1 for site in routing.values() for weights in site.values()):
-            routing_heatmap(routing, folder / f"routing-{row}.png", f"{row}, seed {runs[0].seed}: mean routing weights")
-            figures.append(f"![Mean routing weights of {row}](routing-{row}.png)\n")
-    write_text(folder / "README.md", "\n".join(["# Results\n", explanation(rows), text, *figures]))
+    write_text(folder / "scores.csv", as_csv(long_form(rows)))
+    write_text(folder / "tables.tex", "\n".join(table.latex() for table in tables))
+    pictures = all_pictures(rows, speed, folder)
+    shown = "\n".join(f"![{picture.caption}]({picture.file})\n" for picture in pictures)
+    write_text(folder / "README.md", "\n".join(["# Results\n", explanation(rows) + "\n", text, shown]))
+    files = ["README.md", "scores.csv", "tables.tex", *(picture.file for picture in pictures)]
+    write_text(folder / "index.html", page("Results", explanation(rows), tables, pictures, folder, files))
     return text
+
+
+def all_tables(rows: Rows, reference: str, speed: Speed, paper: bool) -> list[Table]:
+    """Scores, differences, expert dropout, cost, and the paper's if asked for."""
+    dropout = dropout_table(rows)
+    return [
+        scores_table(rows, speed),
+        *([against(rows, reference)] if len(rows) > 1 else []),
+        *([dropout] if dropout else []),
+        cost_table(rows, speed),
+        *([paper_table(rows), paper_dropout_table(rows)] if paper else []),
+    ]
+
+
+def all_pictures(rows: Rows, speed: Speed, folder: Path) -> list[Picture]:
+    """Figure 2 where speeds are given, then the routes of each row with several experts and how alike they are."""
+    pictures = []
+    points = [
+        Point(
+            row, runs[0].config["routing"], speed[row][TEST_SPEED], fmean(scores), stdev(scores) if scores[1:] else 0.0
+        )
+        for row, runs in rows.items()
+        if TEST_SPEED in speed.get(row, {})
+        for scores in [[run.scores[run.headline] for run in runs]]
+    ]
+    if points:
+        labels = {"x": TEST_SPEED, "y": f"{next(iter(rows.values()))[0].headline}, percent"}
+        accuracy_against_speed(points, labels, folder / "figure2.png")
+        pictures.append(Picture("figure2.png", "Score against speed: above is better, to the right is faster"))
+    for row, runs in rows.items():
+        routing, seed = read_json(runs[0].folder / "routing.json"), runs[0].seed
+        if any(len(weights) > 1 for site in routing.values() for weights in site.values()):
+            pictures.append(Picture(f"routing-{row}.png", f"{row}, seed {seed}: mean routing weights"))
+            plot_routing(routing, folder / pictures[-1].file, pictures[-1].caption)
+            pictures.append(Picture(f"similarity-{row}.png", f"{row}, seed {seed}: how alike routes are"))
+            plot_similarity(similarity(routing), folder / pictures[-1].file, pictures[-1].caption)
+    return pictures
+
+
+def as_csv(lines: list[dict[str, Any]]) -> str:
+    """CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def explanation(rows: Rows) -> str:
@@ -82,7 +128,7 @@ def explanation(rows: Rows) -> str:
         f"{len(runs)} runs. Scores are percentages, mean ± standard deviation over seeds; {recomputed} runs' were "
         f"recomputed from their predictions, {len(runs) - recomputed} are as recorded. The p values are of paired t "
         "tests over seeds. Routing weights are those of each row's first seed: experts have no order that seeds would "
-        "share.\n"
+        "share."
     )
 
 

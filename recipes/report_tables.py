@@ -13,20 +13,45 @@ from recipes.report_runs import Run
 Rows = Mapping[str, Sequence[Run]]
 Scores = dict[int, dict[str, float]]  # seed -> column -> percent
 MISSING = "–"
+WIDE = "1x_parameters"
 DIGITS = 4
 
 
 class Table(NamedTuple):
-    """A title, the names of the columns, and cells as text."""
+    """A title, the names of the columns, cells as text, and a note on how to read them."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
+    note: str = ""
 
     def markdown(self) -> str:
         """As Markdown: the first column to the left, the others to the right."""
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+        text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+        return f"## {self.title}\n\n" + (f"{self.note}\n\n" if self.note else "") + text
+
+    def latex(self) -> str:
+        """As a LaTeX table for the package booktabs."""
+        lines = [" & ".join(map(latex_text, cells)) + r" \\" for cells in (self.columns, *self.rows)]
+        columns = "l" + "r" * (len(self.columns) - 1)
+        body = "\n".join([lines[0], r"\midrule", *lines[1:]])
+        caption = latex_text(f"{self.title}. {self.note}" if self.note else f"{self.title}.")
+        return (
+            "\\begin{table}\n\\centering\n\\begin{tabular}{" + columns + "}\n\\toprule\n" + body + "\n\\bottomrule\n"
+            "\\end{tabular}\n\\caption{" + caption + "}\n\\end{table}\n"
+        )
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", MISSING: "--",
+}  # fmt: skip
+
+
+def latex_text(text: str) -> str:
+    """Text with the characters escaped that LaTeX reads otherwise."""
+    return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def by_seed(runs: Iterable[Run]) -> Scores:
@@ -49,6 +74,16 @@ def with_controls(rows: Rows) -> dict[str, Scores]:
     return scores
 
 
+def missing_controls(rows: Rows) -> list[str]:
+    """The honest controls that no run gives: one wide expert, and SMEAR's own experts merged evenly."""
+    controls = [] if any(WIDE in row for row in rows) else [WIDE]
+    for row, runs in rows.items():
+        routed = runs[0].config["routing"] == "smear" and runs[0].config.get("routes", "learned") == "learned"
+        if routed and all(run.uniform is None for run in runs):
+            controls.append(control(row))
+    return controls
+
+
 def mean_and_deviation(values: Sequence[float]) -> str:
     """`75.4 ± 0.9`; a single value has no deviation."""
     mean = f"{statistics.fmean(values):.1f}"
@@ -66,6 +101,8 @@ def scores_table(rows: Rows, speed: Mapping[str, Mapping[str, float]]) -> Table:
         trained = f"{rows[row][0].parameters / 1000:,.0f} k" if row in rows else ""
         timed = [f"{speed[row][name]:,.1f}" if row in speed else (MISSING if row in rows else "") for name in measures]
         cells.append([row, *found, str(len(seeds)), trained, *timed])
+    for row in missing_controls(rows):
+        cells.append([row, *[MISSING] * len(columns), "0", MISSING, *[MISSING] * len(measures)])
     return Table("Scores", ["row", *columns, "seeds", "trained", *measures], cells)
 
 

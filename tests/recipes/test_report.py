@@ -98,10 +98,11 @@ def test_the_same_folders_give_the_same_bytes_and_small_parts_suffice(runs, tmp_
         report.main([str(runs), "--out", str(tmp_path / out), "--keep", str(tmp_path / "kept")])
     parts = [
         "README.md",
-        "routing-1x_parameters.png",
-        "routing-smear.png",
-        "routing-smear_no_dropout.png",
+        "index.html",
+        *(f"routing-{row}.png" for row in ("1x_parameters", "smear", "smear_no_dropout")),
         "scores.csv",
+        *(f"similarity-{row}.png" for row in ("1x_parameters", "smear", "smear_no_dropout")),
+        "tables.tex",
     ]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == parts
     for part in parts:

@@ -1,0 +1,114 @@
+"""The report's LaTeX, cost, figure 2, missing controls and its page, whose every link and picture must be there."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from recipes import report
+from recipes.figures import Point, accuracy_against_speed
+from recipes.report_tables import Table
+from recipes.run_folder import write_json
+from tests.recipes.test_report import cells, write_run
+
+SPEED = {"1x_parameters": 80.0, "single": 100.0, "smear": 95.0, "ensemble": 50.0}
+
+
+@pytest.fixture
+def made(tmp_path):
+    for row, routing, width in [("1x_parameters", "single", 128), ("single", "single", 32), ("smear", "smear", 32),
+                                ("ensemble", "ensemble", 32)]:  # fmt: skip
+        write_run(tmp_path / "runs" / f"{row}-seed0", (5, 7), routing=routing, seed=0, num_experts=4,
+                  bottleneck_dim=width, image_size=64)  # fmt: skip
+    write_json(tmp_path / "speed.json", {"rows": {row: {"test images/s": value} for row, value in SPEED.items()}})
+    report.main(
+        [str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--speed", str(tmp_path / "speed.json"), "--paper"]
+    )
+    return tmp_path / "out"
+
+
+class Reader(HTMLParser):
+    """Which elements are open, and what the page links to, shows and calls its parts."""
+
+    VOID = ("meta", "link", "img", "br", "hr")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.images, self.ids, self.rows = [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.links += [found["href"]] if "href" in found else []
+        self.images += [found["src"]] if tag == "img" else []
+        self.ids += [found["id"]] if "id" in found else []
+        self.rows += [[]] if tag == "tr" else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(made):
+    text, reader = (made / "index.html").read_text(), Reader()
+    reader.feed(text)
+    assert reader.open == []
+    assert len(reader.images) == len(list(made.glob("*.png"))) == 1 + 2 * 4
+    shown = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in reader.images}
+    assert shown == {path.read_bytes() for path in made.glob("*.png")}
+    for link in reader.links:
+        assert link == "data:," or link[1:] in reader.ids or (made / link).is_file(), link
+    assert not re.search(r"https?://|<script", text)
+    assert next(row for row in reader.rows if row[0] == "smear")[:3] == ["smear", "50.0", "70.0"]
+    assert text.count('class="other"') == 2  # the paper's tables
+
+
+def test_cost_by_the_formula_stands_beside_the_measured(made):
+    text = (made / "README.md").read_text()
+    length, experts = 16 * 16, 4  # positions of the first stage at 64 pixels
+    rows = {row: cells(text, "Parameters and cost", row) for row in SPEED}
+    assert {row: found[5] for row, found in rows.items()} == {
+        "single": "1.00",
+        "1x_parameters": "4.00",
+        "smear": f"{(4 * length + 2 * experts) / (4 * length):.2f}",
+        "ensemble": "4.00",
+    }
+    assert {row: found[6] for row, found in rows.items()} == {
+        "single": "1.00", "1x_parameters": "1.25", "smear": "1.05", "ensemble": "2.00"}  # fmt: skip
+    assert rows["smear"][3:5] == ["11,600", "400"]
+
+
+def test_missing_controls_are_shown_as_missing(made):
+    text = (made / "README.md").read_text()
+    assert cells(text, "Scores", "smear, merged evenly in the test")[1:6] == ["–", "–", "–", "–", "0"]
+
+
+def test_the_papers_figures_are_told_apart(made):
+    text = (made / "README.md").read_text()
+    row = cells(text, "The paper's figures", "smear")
+    assert row[-2:] == ["62.0 ± 0.1", "60.0"]
+    assert cells(text, "The paper's figures", "hash")[-1] == "–"
+    assert cells(text, "The paper's expert dropout", "top_k") == ["top_k", "59.8", "60.0", "+0.2", "1"]
+
+
+def test_latex_is_escaped_and_whole(made):
+    text = (made / "tables.tex").read_text()
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\toprule") == 5
+    assert r"1x\_parameters & 50.0 & 70.0" in text
+    assert not re.search(r"(?<!\\)[_%#]", text)
+    table = Table("a_b", ["x", "y"], [["50 %", "1 ± 2"]]).latex()
+    assert r"50 \% & 1 $\pm$ 2 \\" in table
+
+
+def test_figure_2_has_a_point_for_each_row(tmp_path):
+    points = [Point("smear", "smear", 95.0, 75.0, 1.0), Point("wide", "single", 80.0, 74.0, 0.0)]
+    axes = accuracy_against_speed(points, {"x": "images/s", "y": "micro"}, tmp_path / "figure2.png").axes[0]
+    handles, labels = axes.get_legend_handles_labels()
+    assert labels == ["1  smear", "2  wide"]
+    assert [(float(h[0].get_xdata()[0]), float(h[0].get_ydata()[0])) for h in handles] == [(95, 75), (80, 74)]
+    assert len({h[0].get_marker() for h in handles}) == 2
