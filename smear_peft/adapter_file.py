@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ from smear_peft.registration import NAME
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST_CONFIG = 16 * 2**20
 """Bytes; a configuration that names ten thousand sites has half a megabyte."""
+PICKLED = (".bin", ".pt", ".pth", ".pkl")
+SIZES = (
+    ("expert.up.weight", 0, "num_experts"),
+    ("expert.up.weight", 1, "bottleneck_dim"),
+    ("softmoe.phi", 2, "slots_per_expert"),
+    ("dselect.z", 0, "top_k"),
+)
+"""Ending of a tensor's name, one of its dimensions, and the field of the configuration that says how large that is."""
 
 
 def find(path_or_repo: str | Path, revision: str | None, subfolder: str | None, **hub_options: Any) -> Path:
@@ -65,14 +74,68 @@ def find(path_or_repo: str | Path, revision: str | None, subfolder: str | None, 
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if (folder / name).is_file():
             continue
-        pickled = [other for other in found if other.endswith((".bin", ".pt", ".pth", ".pkl"))]
-        if name == SAFETENSORS_WEIGHTS_NAME and pickled:
-            raise ValueError(
-                f"{folder} has no {name}, only {', '.join(pickled)}: pickled files can run code when they are read, so "
-                "smear_peft does not. Save the adapter again with save_pretrained(..., safe_serialization=True)."
-            )
+        if name == SAFETENSORS_WEIGHTS_NAME:
+            _refuse_pickled(folder)
         raise FileNotFoundError(f"{folder} has no {name}; found: {', '.join(found[:12]) or 'nothing'}.")
     return folder
+
+
+def _refuse_pickled(folder: Path) -> None:
+    """Of a folder without safetensors."""
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
+    if pickled:
+        raise ValueError(
+            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}, only {', '.join(pickled)}: pickled files can run code when "
+            "they are read, so smear_peft does not. Save the adapter again with save_pretrained(..., "
+            "safe_serialization=True)."
+        )
+
+
+def check_beside(config: SmearConfig, folder: Path) -> None:
+    """What can be told of the weights beside a configuration without the base model; none beside it is fine.
+
+    PEFT builds an adapter as its configuration says, then reads the weights: without this, a configuration could make
+    it allocate far more than the weights hold.
+
+    Args:
+        config: read from the folder.
+        folder: where it was read; anything but a folder here is on the Hub, and left to the doors that follow.
+
+    Raises:
+        ValueError: the weights are pickled, damaged, or of other sizes than the configuration's.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.exists():
+        _refuse_pickled(folder)
+        return
+    with _opened(file) as tensors:
+        names = list(tensors.keys())
+        if not any(name.endswith("expert.up.weight") for name in names):
+            raise ValueError(f"{file} holds no experts: {len(names)} tensors{_examples(sorted(names))}.")
+        for name in names:
+            _check_sizes(file, name, tensors.get_slice(name).get_shape(), config)
+
+
+def _check_sizes(file: Path, name: str, shape: list[int], config: SmearConfig) -> None:
+    for ending, place, field in SIZES:
+        claimed = getattr(config, field)
+        if name.endswith(ending) and claimed is not None and shape[place : place + 1] != [claimed]:
+            raise ValueError(f"{file}: {name} has shape {tuple(shape)}, but the configuration says {field}={claimed}.")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file. What is wrong with the file itself becomes a ValueError."""
+    if not file.is_file():  # to read from a pipe would be to wait for ever
+        raise ValueError(f"{file} is no file.")
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) cannot be read: {error}. It may be truncated; copy or "
+            "download it again."
+        ) from error
 
 
 def read_config(file: Path) -> SmearConfig:
@@ -134,20 +197,14 @@ def check_tensors(file: Path, expected: dict[str, Tensor], optional: Iterable[st
     Raises:
         ValueError: the file is damaged, or holds something else; the message names the file and the first such tensors.
     """
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            names = set(tensors.keys())
-            _check_names(file, names, set(expected), set(optional))
-            for name in sorted(names):
-                part = tensors.get_slice(name)
-                _check_header(file, name, part.get_shape(), part.get_dtype(), expected[name])
-            for name in sorted(names):
-                _check_values(file, name, tensors.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) cannot be read: {error}. It may be truncated; copy or "
-            "download it again."
-        ) from error
+    with _opened(file) as tensors:
+        names = set(tensors.keys())
+        _check_names(file, names, set(expected), set(optional))
+        for name in sorted(names):
+            part = tensors.get_slice(name)
+            _check_header(file, name, part.get_shape(), part.get_dtype(), expected[name])
+        for name in sorted(names):
+            _check_values(file, name, tensors.get_tensor(name))
 
 
 def _check_names(file: Path, found: set[str], expected: set[str], optional: set[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -12,7 +13,7 @@ from smear_peft.registration import extend_peft_type
 from smear_peft.routing import get_method
 
 MAX_EXPERTS = 4096
-MAX_WIDTH = 2**20  # of an expert, and slots; above it a file is broken, or means harm
+MAX_WIDTH = 2**20  # of an expert; slots, selectors; above it a file is broken, or means harm
 FORMAT_VERSION = 1
 NEEDS = "pip install smear-peft, and `import smear_peft` before PEFT loads this adapter"
 
@@ -27,16 +28,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 NON_NEGATIVE = (
-    "expert_init_std",
-    "router_init_std",
-    "anneal_rate",
-    "policy_weight",
-    "entropy_weight",
-    "value_weight",
-    "consistency_weight",
-    "selector_loss_weight",
-    "balance_weight",
-)
+    "expert_init_std", "router_init_std", "anneal_rate", "policy_weight", "entropy_weight", "value_weight",
+    "consistency_weight", "selector_loss_weight", "balance_weight",
+)  # fmt: skip
 POSITIVE = ("temperature", "min_temperature")
 
 
@@ -124,6 +118,16 @@ class SmearConfig(PeftConfig):
         self.peft_type = extend_peft_type()
         self.check()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's, which calls it before it builds anything; weights beside it are checked (`check_beside`)."""
+        from smear_peft.adapter_file import check_beside  # noqa: PLC0415
+
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, cls):
+            check_beside(config, Path(pretrained_model_name_or_path, subfolder or ""))
+        return config
+
     def check(self) -> None:
         """Check every field: at construction, and again when a model gets the adapter, for fields set in between.
 
@@ -202,7 +206,7 @@ class SmearConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; possible: {', '.join(choices)}.")
         self._at_least("num_experts", 1, MAX_EXPERTS)
         self._at_least("reduction_factor", 1)
-        self._at_least("top_k", 1)
+        self._at_least("top_k", 1, MAX_WIDTH)
         self._at_least("slots_per_expert", 1, MAX_WIDTH)
         if self.bottleneck_dim is not None:
             self._at_least("bottleneck_dim", 1, MAX_WIDTH)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
+import psutil  # PEFT requires it
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smear_peft.config import SmearConfig
 from smear_peft.layer import KNOWN_NAMES, SmearModule
+from smear_peft.site import Site
 from smear_peft.sites import resolve, site_names, trained_norms
 from smear_peft.stacks import Stacks, uncompiled
 
@@ -35,6 +38,21 @@ def check_adapter_name(name: str, modules: dict[str, nn.Module]) -> None:
         raise ValueError(
             f"An adapter cannot be called {name!r}: PEFT builds parameter names with it, so it must be a name without "
             "dots that no module or parameter has. Pass another adapter_name."
+        )
+
+
+def check_memory(sites: Iterable[Site]) -> None:
+    """Refuse an adapter that this machine cannot hold, before any of it is allocated.
+
+    Raises:
+        ValueError: it is larger than the memory.
+    """
+    needed, there = 4 * sum(site.parameters for site in sites), psutil.virtual_memory().total
+    if needed > there:
+        raise ValueError(
+            f"The configuration asks for {needed / 2**30:.0f} GiB of adapter, and this machine has {there / 2**30:.0f} "
+            "GiB of memory; make num_experts, bottleneck_dim or slots_per_expert smaller. If it came with a file, do "
+            "not trust that file."
         )
 
 

@@ -18,7 +18,14 @@ from smear_peft.batch_norm import hold_base_statistics
 from smear_peft.config import SmearConfig
 from smear_peft.context import current, entered
 from smear_peft.hooks import install, uninstall
-from smear_peft.injection import check_adapter_name, follow, matched_by, reference_tensors, uncover_own_parts
+from smear_peft.injection import (
+    check_adapter_name,
+    check_memory,
+    follow,
+    matched_by,
+    reference_tensors,
+    uncover_own_parts,
+)
 from smear_peft.layer import CANNOT_MERGE, SmearLayer, SmearModule, SmearNorm, check_one_norm
 from smear_peft.mixed import MixedBatch
 from smear_peft.sites import base_model, base_modules, describe, resolve, site_names, trained_norms
@@ -62,6 +69,7 @@ class SmearModel(BaseTuner):
         self._norms = set(trained_norms(modules, config))
         self._matched = {*self._sites, *self._norms} if state_dict is None else matched_by(given, modules, stacks)
         check_adapter_name(adapter_name, modules)
+        check_memory(self._sites.values())
         self._reference = reference_tensors(modules, list(self._sites))
         self._check_base(model, modules)
         self.peft_config[adapter_name] = config

@@ -10,6 +10,7 @@ from smear_peft import load
 
 from .adapters import CONFIG, UP, WEIGHTS, answer, edit_config, edit_weights, refused
 from .models import perceptron, tiny_resnet, tiny_t5
+from .mutations import Trap
 from .routed import routed
 
 
@@ -27,16 +28,6 @@ def folder(original, tmp_path):
     """A copy of that folder, to break."""
     shutil.copytree(original[0], tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-class Trap:
-    """A pickle that leaves a file behind when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 def test_nothing_pickled_is_read(folder, tmp_path, original):
