@@ -66,10 +66,7 @@ def write_cards(settings: Cards) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--runs")
-    for folder in write_cards(parse(Cards, words)):
+    for folder in write_cards(parse(Cards, arguments, first="runs")):
         print(folder)
 
 

@@ -134,13 +134,56 @@ def test_git_tags_are_set_once(hub, saved):
     assert hub.repositories[NAME].branches["main"] == done.oid
 
 
-def test_subfolders_and_the_cache_without_network(hub, saved, model):
-    huggingface_hub.create_repo(NAME)
-    huggingface_hub.upload_folder(repo_id=NAME, folder_path=saved, path_in_repo="runs/best")
-    assert torch.equal(answer(load(tiny_t5(), NAME, subfolder="runs/best")), answer(model))
-    asked = len(hub.requests)
-    assert torch.equal(answer(load(tiny_t5(), NAME, subfolder="runs/best", local_files_only=True)), answer(model))
-    assert len(hub.requests) == asked
+def through_transformers(**options):
+    model = tiny_t5()
+    model.load_adapter(NAME, adapter_kwargs=options)
+    return model
+
+
+def as_second(**options):
+    model = routed(seed=2)
+    model.load_adapter(NAME, "second", **options)
+    model.set_adapter("second")
+    return model
+
+
+DOORS = {
+    "smear_peft.load": lambda **options: load(tiny_t5(), NAME, **options),
+    "PeftModel.from_pretrained": lambda **options: PeftModel.from_pretrained(tiny_t5(), NAME, **options),
+    "PeftModel.load_adapter": as_second,
+    "transformers' load_adapter": through_transformers,
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_revision_a_subfolder_and_the_cache_without_network(hub, saved, model, door, monkeypatch):
+    push_to_hub(routed(seed=1), NAME)
+    push_to_hub(saved, NAME, revision="seed0")
+    huggingface_hub.upload_folder(repo_id=NAME, folder_path=saved, path_in_repo="runs/best", revision="seed0")
+    branch, place = {"revision": "seed0"}, {"revision": "seed0", "subfolder": "runs/best"}
+    for options in (branch, place):
+        assert torch.equal(answer(DOORS[door](**options)), answer(model))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    # Offline, PEFT puts a subfolder before the weights' name twice, and does not find them.
+    for options in (branch,) if door.startswith("PeftModel") else (branch, place):
+        assert torch.equal(answer(DOORS[door](**options)), answer(model))
+    assert hub.requests == []
+
+
+def test_local_files_only(hub, saved, model):
+    push_to_hub(saved, NAME)
+    load(tiny_t5(), NAME)
+    hub.requests.clear()
+    assert torch.equal(answer(load(tiny_t5(), NAME, local_files_only=True)), answer(model))
+    assert hub.requests == []
+
+
+def test_what_the_hub_does_not_have(hub, saved):
+    push_to_hub(saved, NAME)
+    for place in ({"path_or_repo": "alice/none"}, {"revision": "none"}, {"subfolder": "none"}):
+        with pytest.raises(FileNotFoundError, match="none"):
+            load(tiny_t5(), **{"path_or_repo": NAME, **place})
 
 
 def test_adapters_with_other_names(hub, model):

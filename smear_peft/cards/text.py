@@ -196,7 +196,8 @@ def _data(run: Run) -> str:
     data = data_set_of(run)
     if run.kind == IMAGES:
         images = run.metrics["images"]
-        labels = f" Labels: {', '.join(f'{i} {name}' for i, name in enumerate(data.labels))}." if data.labels else ""
+        numbered = [name if name == str(i) else f"{i} {name}" for i, name in enumerate(data.labels)]
+        labels = f" Labels: {', '.join(numbered)}." if numbered else ""
         held = f"{images['validation']:,} for validation" if images["validation"] else "none for validation"
         return (
             f"**Data:** {data.name}, domains {', '.join(run.metrics['domains'])}: {images['train']:,} images to train "

@@ -144,7 +144,11 @@ def test_the_whole_card(finished):
 
 
 def test_the_cards_in_the_repository_are_those_that_its_results_make(tmp_path):
-    for runs, setting, base in (("pacs_readme", "pacs", "your-name/pacs-base"), ("small_glue", "small_glue", None)):
+    for runs, setting, base in (
+        ("pacs_readme", "pacs", "your-name/pacs-base"),
+        ("digits_demo", "digits", "your-name/digits-base"),
+        ("small_glue", "small_glue", None),
+    ):
         extra = ["--base_model", base] if base else []
         cards.main([str(ROOT / "results" / runs), "--setting", setting, "--out", str(tmp_path), *extra])
     made = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.md")}
