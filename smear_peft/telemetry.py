@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from smear_peft.context import current, entered
 from smear_peft.routing import get_method
 from smear_peft.sites import base_model
-from smear_peft.telemetry_summary import RoutingSummary, Tallies, summarise
+from smear_peft.telemetry_summary import RoutingSummary, Tallies, is_first_process, summarise
 from smear_peft.trace import Trace, active_adapters, check_routed
 
 if TYPE_CHECKING:
@@ -125,10 +125,12 @@ class RoutingTelemetry:
             listener.weights, listener.chosen = {}, {}
 
     def collect(self) -> RoutingSummary:
-        """What happened since the last call, of all processes: every one of them must call. The count starts anew.
+        """What happened since the last call, over all processes' examples. The count starts anew.
+
+        Every process must call, as often as the others, and gets the same; so one of them is to log.
 
         Warns:
-            UserWarning: the routes of some sites have collapsed since the last call; the message names them.
+            UserWarning: from the first process: routes of the named sites have collapsed since the last call.
         """
         self.update()
         summary = summarise(self._tallies, self._before, self.tasks)
@@ -145,7 +147,7 @@ class RoutingTelemetry:
         found = summary.collapsed(self.collapsed)
         new = [name for name in found if name not in self._named]
         self._named = set(found)
-        if new:
+        if new and is_first_process():
             shares = (
                 f"{name} (expert {summary.sites[name].largest_expert}: {summary.sites[name].largest_share:.0%})"
                 for name in new

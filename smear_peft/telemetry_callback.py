@@ -26,8 +26,9 @@ class RoutingCallback(TrainerCallback):
     SmearTrainer(model, args, callbacks=[RoutingCallback()], ...)
     ```
 
-    The values are in the log history and reach every tracker that comes later in the Trainer's list of callbacks.
-    `SmearTrainer` sees to that; with another Trainer call `telemetry_first(trainer)` before `trainer.train()`.
+    The values, of all processes' examples, are in the log history and reach every tracker that comes later in the
+    Trainer's list of callbacks. `SmearTrainer` sees to that; with another Trainer call `telemetry_first(trainer)`
+    before `trainer.train()`.
 
     Args:
         adapter: which adapter to listen to; needed when several are active.

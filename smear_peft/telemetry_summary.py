@@ -78,6 +78,16 @@ class RoutingSummary:
         return {name: float(v) for name, v in numbers.items() if v is not None and name != "largest_expert"}
 
 
+def in_processes() -> bool:
+    """Whether torch.distributed runs."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks."""
+    return not in_processes() or dist.get_rank() == 0
+
+
 class Tally:
     """Sums of S sites with N experts each over a window, with T tasks, on their device."""
 
@@ -111,7 +121,7 @@ class Tally:
 
     def reduce(self) -> None:
         """Sum over processes, where there are several."""
-        if dist.is_available() and dist.is_initialized():
+        if in_processes():
             for tensor in (self.used, self.entropy, self.examples):
                 dist.all_reduce(tensor)
             dist.all_reduce(self.most, op=dist.ReduceOp.MAX)

@@ -10,7 +10,9 @@ from torch import nn
 
 from smear_peft import RoutingCallback, RoutingTelemetry, SmearTrainer, override_routes, routed_loss, telemetry_first
 from smear_peft.information import jensen_shannon, mutual_information
+from smear_peft.telemetry_summary import Tallies
 
+from .launch import on_two_processes
 from .models import images, t5_batch, tiny_resnet, tiny_t5
 from .routed import TASKS, extras, routed
 
@@ -161,6 +163,30 @@ def test_of_several_adapters_one_is_named():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"default, other.*RoutingTelemetry\(model, adapter="):
         RoutingTelemetry(model)
+
+
+def test_a_step_waits_for_no_device():
+    def there(*shape, **kind):
+        return torch.empty(*shape, device="meta", **kind)  # holds no numbers: to read one is an error
+
+    tallies = Tallies()
+    for chosen in ({}, {"a": there(4, 2, dtype=torch.long), "b": there(4, 2, dtype=torch.long)}):
+        for tags in (None, there(4, dtype=torch.long)):
+            tallies.add({"a": there(4, 3), "b": there(4, 3)}, chosen, tags, 5)
+    assert [tally.used.shape for tally in tallies.groups.values()] == [(6, 2, 3)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_two_processes_tell_of_the_examples_of_both_and_once(tmp_path):
+    found = on_two_processes("telemetry_worker", tmp_path)
+    assert found["together"] == pytest.approx(found["alone"], abs=1e-5)
+    assert found["together"]["routing/mutual_information"] > 0.01
+    assert found["together"]["routing/drift"] > 0.01
+    assert found["ranks"] == 1
+    assert found["warnings"] == [1, 0]
+    lines = [json.loads(line) for line in (tmp_path / "routes.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[1]["routing/entropy"] == found["logs"][1]["routing/entropy"]
 
 
 # --- Trainer ---
