@@ -26,7 +26,7 @@ if not __package__:  # run as a script
 from recipes.figures import Point, accuracy_against_speed
 from recipes.report_cost import TEST_SPEED, Speed, cost_table
 from recipes.report_page import Picture, page
-from recipes.report_paper import paper_dropout_table, paper_table
+from recipes.report_paper import in_papers_order, paper_dropout_table, paper_table
 from recipes.report_runs import find_runs, group, read_run
 from recipes.report_tables import WIDE, Rows, Table, against, dropout_table, long_form, scores_table
 from recipes.run_folder import read_json, write_text, writing
@@ -69,7 +69,7 @@ def write_report(rows: Rows, report: Report, folder: Path) -> str:
     pictures = all_pictures(rows, speed, folder)
     shown = "\n".join(f"![{picture.caption}]({picture.file})\n" for picture in pictures)
     write_text(folder / "README.md", "\n".join(["# Results\n", explanation(rows) + "\n", text, shown]))
-    files = ["README.md", "scores.csv", "tables.tex", *(picture.file for picture in pictures)]
+    files = ["README.md", "scores.csv", "tables.tex"]
     write_text(folder / "index.html", page("Results", explanation(rows), tables, pictures, folder, files))
     return text
 
@@ -125,10 +125,9 @@ def explanation(rows: Rows) -> str:
     runs = [run for some in rows.values() for run in some]
     recomputed = sum(run.recomputed for run in runs)
     return (
-        f"{len(runs)} runs. Scores are percentages, mean ± standard deviation over seeds; {recomputed} runs' were "
-        f"recomputed from their predictions, {len(runs) - recomputed} are as recorded. The p values are of paired t "
-        "tests over seeds. Routing weights are those of each row's first seed: experts have no order that seeds would "
-        "share."
+        f"{len(runs)} runs. Scores are percentages, mean ± standard deviation over seeds. Those of {recomputed} runs "
+        f"were computed again from their predictions, those of {len(runs) - recomputed} are as recorded. Routing "
+        "weights are those of each row's first seed: experts have no order that seeds would share."
     )
 
 
@@ -145,7 +144,7 @@ def keep(rows: Rows, report: Path, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     report = parse(Report, arguments, first="runs")
-    rows = group(read_run(folder) for folder in find_runs(map(Path, report.runs)))
+    rows = in_papers_order(group(read_run(folder) for folder in find_runs(map(Path, report.runs))))
     with writing(Path(report.out)) as folder:
         text = write_report(rows, report, folder)
     if report.keep:

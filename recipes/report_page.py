@@ -31,23 +31,24 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2em auto; m
 nav a { margin-right: 1em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th, td { padding: .25em .7em; text-align: right; vertical-align: bottom; border-bottom: 1px solid #ddd; }
+td, th:first-child { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 thead th { border-bottom: 2px solid #555; }
-section.other { border-left: 4px solid #999; padding-left: 1em; background: #f6f6f6; }
-section.other th:first-child, section.other td:first-child { background: #f6f6f6; }
+.borrowed { border-left: 4px solid #999; padding: .1em 1em; margin: 1.5em 0; background: #f6f6f6; }
+.borrowed th:first-child, .borrowed td:first-child { background: #f6f6f6; }
 figure { margin: 1.5em 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; }
 </style>
 </head>
 <body>
 <h1>{{ title }}</h1>
 <p>{{ words }}</p>
-<nav>{% for table in tables %}<a href="#table-{{ loop.index }}">{{ table.title }}</a>
-{% endfor %}{% if pictures %}<a href="#pictures">Figures</a>{% endif %}
-{% for file in files %}<a href="{{ file }}">{{ file }}</a>
-{% endfor %}</nav>
+<nav><p>On this page: {% for table in tables %}<a href="#table-{{ loop.index }}">{{ table.title }}</a>
+{% endfor %}{% if pictures %}<a href="#pictures">Figures</a>{% endif %}</p>
+<p>Beside it: {% for file in files %}<a href="{{ file }}">{{ file }}</a>
+{% endfor %}</p></nav>
 {% for table in tables %}
-<section id="table-{{ loop.index }}"{% if table.title.startswith("The paper") %} class="other"{% endif %}>
+<section id="table-{{ loop.index }}"{% if table.borrowed %} class="borrowed"{% endif %}>
 <h2>{{ table.title }}</h2>
 {% if table.note %}<p>{{ table.note }}</p>{% endif %}
 <div class="wide"><table>
@@ -61,7 +62,7 @@ figure { margin: 1.5em 0; } img { max-width: 100%; height: auto; } figcaption { 
 {% if pictures %}<section id="pictures"><h2>Figures</h2>
 {% for picture in pictures %}<figure>
 <img src="data:image/png;base64,{{ picture.data }}" alt="{{ picture.caption }}">
-<figcaption>{{ picture.caption }}</figcaption>
+<figcaption><a href="{{ picture.file }}">{{ picture.file }}</a></figcaption>
 </figure>
 {% endfor %}</section>{% endif %}
 </body>
@@ -80,10 +81,8 @@ def page(
         tables: in their order; the paper's are set apart.
         pictures: files in `folder`, which go into the page.
         folder: of the report.
-        files: others in it, to link to.
+        files: others in it, to link to; those of the pictures are linked below each.
     """
     template = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
-    inside = [
-        {"caption": p.caption, "data": base64.b64encode((folder / p.file).read_bytes()).decode()} for p in pictures
-    ]
+    inside = [{**p._asdict(), "data": base64.b64encode((folder / p.file).read_bytes()).decode()} for p in pictures]
     return template.render(title=title, words=words, tables=tables, pictures=inside, files=files)

@@ -14,16 +14,18 @@ Rows = Mapping[str, Sequence[Run]]
 Scores = dict[int, dict[str, float]]  # seed -> column -> percent
 MISSING = "–"
 WIDE = "1x_parameters"
+PAPERS_DROPOUT = ("smear", "top_k", "st_gumbel", "reinforce")  # rows of its table 1
 DIGITS = 4
 
 
 class Table(NamedTuple):
-    """A title, the names of the columns, cells as text, and a note on how to read them."""
+    """A title, the names of the columns, cells as text, a note on how to read them, and whether others measured it."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     note: str = ""
+    borrowed: bool = False
 
     def markdown(self) -> str:
         """As Markdown: the first column to the left, the others to the right."""
@@ -98,8 +100,8 @@ def scores_table(rows: Rows, speed: Mapping[str, Mapping[str, float]]) -> Table:
     cells = []
     for row, seeds in scores.items():
         found = [mean_and_deviation([values[column] for values in seeds.values()]) for column in columns]
-        trained = f"{rows[row][0].parameters / 1000:,.0f} k" if row in rows else ""
-        timed = [f"{speed[row][name]:,.1f}" if row in speed else (MISSING if row in rows else "") for name in measures]
+        trained = f"{rows[row][0].parameters / 1000:,.0f} k" if row in rows else MISSING  # controls train nothing
+        timed = [f"{speed[row][name]:,.1f}" if name in speed.get(row, {}) else MISSING for name in measures]
         cells.append([row, *found, str(len(seeds)), trained, *timed])
     for row in missing_controls(rows):
         cells.append([row, *[MISSING] * len(columns), "0", MISSING, *[MISSING] * len(measures)])
@@ -130,7 +132,11 @@ def against(rows: Rows, reference: str) -> Table:
         difference = f"{statistics.fmean(differences):+.1f}" if differences else MISSING
         tests = [MISSING, MISSING] if p is None else [f"{p:.3f}", f"{corrected[row]:.3f}"]
         cells.append([row, other[row], difference, str(len(differences)), *tests])
-    return Table(f"Differences in {headline}", ["row", "from", "points", "seeds", "p", "p (Holm)"], cells)
+    note = (
+        "Mean over the seeds that both rows have, and a paired t test over them, as it is and after Holm's correction "
+        f"for the number of tests. {MISSING}: no test, with fewer than two different differences."
+    )
+    return Table(f"Differences in {headline}", ["row", "from", "points", "seeds", "p", "p (Holm)"], cells, note)
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:
@@ -144,7 +150,10 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def dropout_table(rows: Rows) -> Table | None:
-    """Rows that differ in expert dropout alone, side by side (the paper's table 1); None where there are none."""
+    """Rows that differ in expert dropout alone, side by side; rows of the paper's table 1 also without the other side.
+
+    None where there are neither.
+    """
     pairs: dict[str, dict[bool, tuple[str, Sequence[Run]]]] = {}
     for name, runs in rows.items():
         settings = {key: value for key, value in runs[0].settings().items() if key != "expert_dropout"}
@@ -152,16 +161,20 @@ def dropout_table(rows: Rows) -> Table | None:
             pairs.setdefault(repr(sorted(settings.items(), key=str)), {})[runs[0].expert_dropout > 0] = (name, runs)
     cells = []
     for pair in pairs.values():
-        if len(pair) < 2:
+        name = min((name for name, _ in pair.values()), key=len)
+        if len(pair) < 2 and name not in PAPERS_DROPOUT:
             continue
-        headline = pair[True][1][0].headline
-        off, on = ({run.seed: run.scores[headline] for run in pair[kind][1]} for kind in (False, True))
+        off, on = (
+            {run.seed: run.scores[run.headline] for run in pair[kind][1]} if kind in pair else {}
+            for kind in (False, True)
+        )
         both = [on[seed] - off[seed] for seed in sorted(on.keys() & off.keys())]
         change = f"{statistics.fmean(both):+.1f}" if both else MISSING
-        names = min((name for name, _ in pair.values()), key=len)
-        cells.append([names, *(mean_and_deviation(list(some.values())) for some in (off, on)), change, str(len(both))])
+        sides = [mean_and_deviation(list(some.values())) if some else MISSING for some in (off, on)]
+        cells.append([name, *sides, change, str(len(both))])
     columns = ["method", "without", "with expert dropout", "change", "seeds"]
-    return Table("Expert dropout", columns, cells) if cells else None
+    note = f"{MISSING}: not run. The change is the mean over the seeds that both sides have."
+    return Table("Expert dropout", columns, cells, note) if cells else None
 
 
 def long_form(rows: Rows) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ def test_the_same_folders_give_the_same_bytes_and_small_parts_suffice(runs, tmp_
         "config.yaml", "metrics.json", "routing.json"]  # fmt: skip
     report.main([str(tmp_path / "kept"), "--out", str(tmp_path / "again")])
     assert (tmp_path / "again" / "scores.csv").read_bytes() == (tmp_path / "one" / "scores.csv").read_bytes()
-    assert "0 runs' were recomputed from their predictions, 9 are as recorded" in (
+    assert "Those of 0 runs were computed again from their predictions, those of 9 are as recorded" in (
         (tmp_path / "again" / "README.md").read_text()
     )
 
@@ -150,7 +150,7 @@ def test_runs_that_are_no_row_are_refused(change, message, runs, tmp_path):
 def test_what_is_no_run_is_told(tmp_path, runs):
     with pytest.raises(FileNotFoundError, match=r"no metrics\.json"):
         report.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match="There is no row ensemble; possible: 1x_parameters, smear, smear_no_dropout"):
+    with pytest.raises(ValueError, match="There is no row ensemble; possible: smear, smear_no_dropout, 1x_parameters"):
         report.main([str(runs), "--out", str(tmp_path / "out"), "--reference", "ensemble"])
 
 
