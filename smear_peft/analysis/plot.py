@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 # One hue from white to dark: the order of the values survives greyscale print and every kind of colour blindness.
 COLOURS = "Blues"
-DARK = 0.55  # of the scale, from where numbers are white
+DARK = 0.7  # of the scale, from where white numbers have more contrast than black ones
 FEW_PANELS = 16
 MOST_COLUMNS = 12
+WIDEST = 16.0  # inches
 LONGEST_NAME = 28
 INK, QUIET = "#1a1a1a", "#555555"
 # Inches.
@@ -43,7 +44,7 @@ def plot_routing(
     """Mean routing weights as the paper's figures 3 to 7: one panel a site, data sets down, experts across.
 
     Panels stand in a row by depth, one row for each kind of site, under a heading for the encoder, the decoder or the
-    stage. All share one scale, whose bar marks the even share 1 / N.
+    stage. All share one scale, which begins at 0 and whose bar marks the even share 1 / N.
 
     Args:
         routes: of `mean_routes` or `read_routes`.
@@ -51,7 +52,7 @@ def plot_routing(
         title: above the panels.
         sites: which to draw, in their order; default: all.
         numbers: write each weight into its cell; default: where there are few panels.
-        columns: most panels side by side.
+        columns: most panels side by side; fewer where they would be too wide for a page.
 
     Returns:
         The figure; each panel's `images[0]` holds the weights, its label (`get_label()`) is the site.
@@ -71,16 +72,17 @@ def plot_routing(
     names = [_short(name) for name in routes[chosen[0]]]
     experts = max(some.shape[1] for some in weights.values())
     numbers = len(chosen) <= FEW_PANELS if numbers is None else numbers
-    bands = lay_out(chosen, columns)
-    across = max(len(row) for band in bands for _, row in band.rows)
     cell_width, cell_height = (WIDE_CELL, 0.22) if numbers else (CELL, CELL)
     panel = max(cell_width * experts, 0.7), max(cell_height * len(names), 0.45)
-    left = 0.35 + LETTER * max(map(len, names)) + (0.25 if any(label for b in bands for label, _ in b.rows) else 0)
+    left = 0.6 + LETTER * max(map(len, names))
+    bands = lay_out(chosen, max(1, min(columns, int((WIDEST - left - BAR) / (panel[0] + GAP)))))
+    across = max(len(row) for band in bands for _, row in band.rows)
     width = left + across * (panel[0] + GAP) + BAR
     down = sum(BAND_GAP + len(band.rows) * (panel[1] + GAP + 0.16) for band in bands)
     height = (TITLE if title else 0.1) + down + 0.45
     figure = figure_of(figsize=(max(width, 0.085 * len(title) + 0.5), height), dpi=130)
-    top = max(float(some.max()) for some in weights.values())
+    # An even share is never dark: routes that are all but even look it.
+    top = max(min(1.0, 2 / experts), *(float(some.max()) for some in weights.values()))
     y = height - (TITLE if title else 0.1)
     for band in bands:
         y -= BAND_GAP
@@ -101,8 +103,7 @@ def plot_routing(
                 axes = figure.add_axes(box, label=site)
                 _panel(axes, weights[site], names if first else None, top, numbers)
                 axes.set_title(_block_label(site), fontsize=7, color=QUIET, pad=2)
-                last = band is bands[-1] and row is band.rows[-1][1]
-                _experts(axes, weights[site].shape[1], last or site == _lowest(bands, column), numbers)
+                _experts(axes, weights[site].shape[1], site == _lowest(band, column), numbers)
                 if first and label:
                     axes.text(0.12 / figure.get_figwidth(), (y + GAP + panel[1] / 2) / height, label, rotation=90,
                               va="center", ha="left", fontsize=8, color=INK, transform=figure.transFigure)  # fmt: skip
@@ -179,8 +180,9 @@ def _panel(axes: Axes, weights: Any, names: list[str] | None, top: float, number
         for d, row in enumerate(weights):
             for n, weight in enumerate(row):
                 colour = "white" if weight > DARK * top else INK
-                text = f"{weight:.2f}" if weight >= 0.995 else f"{weight:.2f}".lstrip("0")
-                axes.text(n, d, text, ha="center", va="center", fontsize=size, color=colour)
+                axes.text(
+                    n, d, f"{weight:.2f}".removeprefix("0"), ha="center", va="center", fontsize=size, color=colour
+                )
 
 
 def _experts(axes: Axes, count: int, labelled: bool, numbers: bool) -> None:
@@ -190,10 +192,9 @@ def _experts(axes: Axes, count: int, labelled: bool, numbers: bool) -> None:
     axes.set_xticks(ticks, [str(n) for n in ticks] if labelled else [""] * len(ticks), fontsize=6.5, color=QUIET)
 
 
-def _lowest(bands: list[Band], column: int) -> str | None:
-    """The last site of a column."""
-    filled = [row[column] for band in bands for _, row in band.rows if column < len(row) and row[column]]
-    return filled[-1] if filled else None
+def _lowest(band: Band, column: int) -> str | None:
+    """The last site of a band's column."""
+    return next((row[column] for _, row in reversed(band.rows) if column < len(row) and row[column]), None)
 
 
 def _bar(figure: Figure, x: float, height: float, top: float, experts: int) -> None:
@@ -207,9 +208,8 @@ def _bar(figure: Figure, x: float, height: float, top: float, experts: int) -> N
     even = 1 / experts
     bar.ax.tick_params(labelsize=7, length=2)
     bar.ax.axhline(even, color="#d95f02", linewidth=1.5)
-    bar.ax.text(1.5, even / top, " even", transform=bar.ax.transAxes, fontsize=6.5, color="#a04000", va="center",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
-    bar.ax.set_title("weight", fontsize=7.5, loc="left", pad=4)
+    bar.ax.text(3.6, even / top, "even", transform=bar.ax.transAxes, fontsize=6.5, color="#a04000", va="center")
+    bar.ax.set_title("weight", fontsize=7.5, loc="left", pad=7)
 
 
 def _block_label(site: str) -> str:
