@@ -33,11 +33,12 @@ def expert_width(config: Mapping[str, Any]) -> float | None:
 def places(config: Mapping[str, Any], sites: list[str]) -> list[tuple[int, float]]:
     """(L, d) of each site: positions per example, and the width of its features up to a common factor.
 
-    Text has the longest input that the settings allow. A ResNet's stage k, of images of `image_size` pixels, has
-    (image_size / 2^(k + 1))^2 positions and 2^(k - 1) times the first stage's width.
+    Text has the longest question and answer that the settings allow. A ResNet's stage k, of images of `image_size`
+    pixels, has (image_size / 2^(k + 1))^2 positions and 2^(k - 1) times the first stage's width.
     """
     if "image_size" not in config:
-        return [(int(config.get("max_source_length", 0)), 1.0)] * len(sites)
+        of = {False: "max_source_length", True: "max_target_length"}
+        return [(int(config.get(of[site.startswith("decoder.")], 0)), 1.0) for site in sites]
     stages = [int(found[1]) for site in sites if (found := re.match(r"layer(\d+)\.", site))]
     return [(max(1, config["image_size"] // 2 ** (stage + 1)) ** 2, 2.0 ** (stage - 1)) for stage in stages]
 

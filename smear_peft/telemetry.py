@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 MOST_TASKS = 256  # that are told apart where nobody names them
 COLLAPSED = 0.95
+FEWEST = 32  # examples of a window that is judged: of fewer, one expert may well be chosen for all by chance
 
 
 class Listener(Trace):
@@ -75,7 +76,8 @@ class RoutingTelemetry:
         adapter: which adapter to listen to; needed when several are active.
         tasks: names of the tasks that `routing_tags` index; default: those of the adapter's configuration. Any method
             may be given tags: those that do not route by them are then measured against them.
-        collapsed: warn when one expert of a learned router has at least this share of a site.
+        collapsed: warn when one expert of a learned router has at least this share of a site, over a window of 32 or
+            more examples that are not all of one task.
     """
 
     def __init__(
@@ -142,7 +144,9 @@ class RoutingTelemetry:
 
     def _warn(self, summary: RoutingSummary) -> None:
         config = self._listener.config
-        if config is None or get_method(config.routing).router.reads == "nothing" or len(summary.seen_tasks) == 1:
+        if config is None or get_method(config.routing).router.reads == "nothing":
+            return
+        if summary.examples < FEWEST or len(summary.seen_tasks) == 1:  # a single task may have an expert of its own
             return
         found = summary.collapsed(self.collapsed)
         new = [name for name in found if name not in self._named]

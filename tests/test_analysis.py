@@ -66,6 +66,9 @@ def test_batches_that_cannot_be_told_apart_are_refused():
         mean_routes(routed(), batches(), ["only"])
     with pytest.raises(ValueError, match="no batches"):
         mean_routes(routed(), [])
+    model = routed()
+    with model.disable_adapter(), pytest.raises(ValueError, match="No router ran"):
+        mean_routes(model, batches())
 
 
 def test_run_folders_are_read(tmp_path):
@@ -99,6 +102,12 @@ def test_specialisation():
     assert sharp.information == pytest.approx((math.log(3) - 2 / 3 * math.log(2)) / math.log(2))
     assert even.information == pytest.approx(0, abs=1e-9)
     assert even.sharpness.tolist() == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_an_expert_that_none_uses_is_no_specialist():
+    found = specialisation({"a": {"x": [1.0, 0.0, 0.0], "y": [0.0, 1.0, 0.0]}})["a"]
+    assert found.sharpness.tolist() == pytest.approx([1, 1, 0])
+    assert found.favourites == ["x", "y", None]
 
 
 def test_a_dropped_experts_weight_goes_to_the_others():
@@ -157,6 +166,7 @@ def test_places():
     assert place("decoder.block.7.layer.1.EncDecAttention.o") == ("decoder", 7, "cross-attention")
     assert place("layer3.1.act2") == ("layer3", 1, "")
     assert place("first") == ("", 0, "first")
+    assert place("encoder.layer.3.output.dense") == ("encoder", 3, "output.dense")
     assert {group: len(some) for group, some in group_sites(ENCODER + DECODER).items()} == {
         "encoder": 24,
         "decoder": 36,
@@ -186,6 +196,13 @@ def test_every_site_has_its_panel_with_its_numbers_and_none_overlap(sites, tmp_p
     assert all(t.get_window_extent(renderer).x0 > 0 for t in words), "names are cut off"
     plot_routing(routes, tmp_path / "again.png", "a title")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "routes.png").read_bytes()
+
+
+def test_panels_of_a_row_have_different_names():
+    sites = [f"stages.{i}.blocks.{j}.mlp" for i, depth in enumerate((3, 9)) for j in range(depth)]
+    figure = plot_routing(made_up(sites, ["a", "b"]))
+    titles = [axes.get_title() for axes in figure.axes if axes.get_label() != "bar"]
+    assert len(set(titles)) == len(titles) == 12
 
 
 def test_colours_keep_their_order_in_greyscale():

@@ -129,21 +129,23 @@ def test_collapse_is_told_once_in_words_with_the_sites():
 
     with RoutingTelemetry(model) as telemetry, override_routes(model, collapse):
         model.train()
-        model(**t5_batch())
-        words = r"collapsed at 1 of 10 sites.*3 examples.*EncDecAttention\.o \(expert 1: 100%\)"
-        with pytest.warns(UserWarning, match=words):
-            telemetry.collect()
-        model(**t5_batch())
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            telemetry.collect()
+        words = r"collapsed at 1 of 10 sites.*32 examples.*EncDecAttention\.o \(expert 1: 100%\)"
+        for rows, told in ((31, False), (32, True), (32, False)):  # too few to tell; told; told before
+            model(**t5_batch(rows=rows))
+            if told:
+                with pytest.warns(UserWarning, match=words):
+                    telemetry.collect()
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    telemetry.collect()
 
 
 def test_rules_that_look_at_nothing_do_not_collapse():
     model = routed(routing="tag").train()
     with RoutingTelemetry(model) as telemetry, warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(**t5_batch(), routing_tags=[1, 1, 1])
+        model(**t5_batch(rows=32), routing_tags=[1] * 31 + [2])
         assert telemetry.collect().collapsed(0.9) != []
 
 

@@ -55,14 +55,14 @@ class Specialisation(NamedTuple):
     Attributes:
         information: what the route says of the data set, as a share of the most that it could say, 0 to 1.
         load: (N,), each expert's share of all weight.
-        sharpness: (N,), 0 for an expert that serves all data sets alike, 1 for one that serves one alone.
-        favourites: for each expert the data set that uses it most.
+        sharpness: (N,), 0 for an expert that serves all data sets alike or none, 1 for one that serves one alone.
+        favourites: for each expert the data set that uses it most; None of one that none uses.
     """
 
     information: float
     load: Tensor
     sharpness: Tensor
-    favourites: list[str]
+    favourites: list[str | None]
 
 
 def specialisation(routes: Routes) -> dict[str, Specialisation]:
@@ -74,12 +74,13 @@ def specialisation(routes: Routes) -> dict[str, Specialisation]:
         if experts < 2:
             continue
         even = torch.full((count,), 1 / count, dtype=weights.dtype)
-        by_expert = (weights / weights.sum(0).clamp_min(TINY)).T  # (N, D)
+        used = weights.sum(0) > TINY
+        by_expert = torch.where(used, weights / weights.sum(0).clamp_min(TINY), even[:, None]).T  # (N, D)
         most = math.log(min(count, experts)) or 1.0  # a single data set has nothing to tell
         found[site] = Specialisation(
             information=float(mutual_information(weights, even)) / most,
             load=weights.mean(0),
             sharpness=1 - entropy(by_expert) / (math.log(count) or 1.0),
-            favourites=[datasets[i] for i in weights.argmax(0).tolist()],
+            favourites=[datasets[i] if used[n] else None for n, i in enumerate(weights.argmax(0).tolist())],
         )
     return found

@@ -36,7 +36,7 @@ def place(site: str) -> Place:
     if not numbers:
         return Place("", 0, site)
     first = numbers[0]
-    head = [part for part in parts[:first] if part not in ("model", "block", "blocks", "layers", "h")]
+    head = [part for part in parts[:first] if part not in ("model", "block", "blocks", "layer", "layers", "h")]
     rest = ".".join(parts[first + 1 :])
     kind = next((name for part, name in KINDS if part in rest.split(".")), re.sub(r"^act\d?$", "", rest))
     return Place(".".join(head), int(parts[first]), kind)

@@ -102,7 +102,7 @@ def plot_routing(
                 )
                 axes = figure.add_axes(box, label=site)
                 _panel(axes, weights[site], names if first else None, top, numbers)
-                axes.set_title(_block_label(site), fontsize=7, color=QUIET, pad=2)
+                axes.set_title(_block_label(site, label), fontsize=7, color=QUIET, pad=2)
                 _experts(axes, weights[site].shape[1], site == _lowest(band, column), numbers)
                 if first and label:
                     axes.text(0.12 / figure.get_figwidth(), (y + GAP + panel[1] / 2) / height, label, rotation=90,
@@ -212,10 +212,11 @@ def _bar(figure: Figure, x: float, height: float, top: float, experts: int) -> N
     bar.ax.set_title("weight", fontsize=7.5, loc="left", pad=7)
 
 
-def _block_label(site: str) -> str:
+def _block_label(site: str, row: str) -> str:
+    """What tells a panel from the others of its row: the block's number, where the row says the rest."""
     found = place(site)
     stage = f"{found.group}." if found.group not in ("", "encoder", "decoder") else "block "
-    return _short(site) if found.kind == site else f"{stage}{found.depth}"
+    return _short(site) if found.kind != row else f"{stage}{found.depth}"
 
 
 def _short(name: str) -> str:

@@ -45,7 +45,7 @@ def mean_routes(
         forward: what to do with a batch instead of `model(**batch)`, say `lambda batch: model.generate(**batch)`.
 
     Raises:
-        ValueError: there are no batches, or a batch does not tell of which data sets its examples are.
+        ValueError: there are no batches, no router ran, or a batch does not tell of which data sets its examples are.
     """
     device, labels = module_device(base_model(model)), takes_labels(model)
     modes = {module: module.training for module in model.modules()}
@@ -62,6 +62,8 @@ def mean_routes(
                     forward(moved)
             if datasets is None and routes.config is not None and routes.config.tasks:
                 datasets = list(routes.config.tasks)
+            if not routes.weights:
+                raise ValueError("No router ran: the adapter is switched off, or `forward` does not call the model.")
             rows = len(next(iter(routes.weights.values())))
             for dataset, members in _members(name, moved, rows, datasets).items():
                 counts[dataset] = counts.get(dataset, 0) + len(members)

@@ -94,8 +94,9 @@ def test_expert_dropout_is_shown_on_and_off(runs, tmp_path, capsys):
 
 
 def test_the_same_folders_give_the_same_bytes_and_small_parts_suffice(runs, tmp_path):
-    for out in ("one", "two"):
-        report.main([str(runs), "--out", str(tmp_path / out), "--keep", str(tmp_path / "kept")])
+    folders = [str(folder) for folder in runs.iterdir()]
+    for out, places in (("one", [str(runs)]), ("two", sorted(folders, reverse=True))):
+        report.main([*places, "--out", str(tmp_path / out), "--keep", str(tmp_path / "kept")])
     parts = [
         "README.md",
         "index.html",

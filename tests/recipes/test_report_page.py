@@ -116,6 +116,11 @@ def test_latex_is_escaped_and_whole(made):
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\toprule") == 6
     assert r"1x\_parameters & 50.0 & 70.0" in text
     assert not re.search(r"(?<!\\)[_%#]", text)
+    assert text.isascii()  # what any engine reads with any font encoding
+    for columns, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.S):
+        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(lines) > 1
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(columns)}
     table = Table("a_b", ["x", "y"], [["50 %", "1 ± 2"]]).latex()
     assert r"50 \% & 1 $\pm$ 2 \\" in table
 
