@@ -10,9 +10,9 @@ from recipes.run_folder import read_yaml
 
 FILE = Path(__file__).with_name("paper.yaml")
 NOTE = (
-    "Columns named `paper` are the authors' results on their data and budget, copied from {source}; the column named "
-    "`ours` was measured here, on other data or another budget unless the settings say the same: compare orders and "
-    "differences, not numbers."
+    'Columns that begin with "paper" are the authors\' results on their data and budget, copied from there; the one that '
+    'begins with "ours" was measured here, on other data or another budget unless the settings say the same: compare '
+    "orders and differences, not numbers."
 )
 
 
@@ -44,8 +44,7 @@ def paper_table(rows: Rows) -> Table:
         cells.append([row, own, *theirs])
     names = [recorded["columns"][-1], *recorded["columns"][:-1]]
     columns = ["row", f"ours: {ours}", *(f"paper: {name}" for name in names)]
-    return Table(f"The paper's figures beside ours ({recorded['source']})", columns, cells,
-                 NOTE.format(source=recorded["source"]), borrowed=True)  # fmt: skip
+    return Table(f"The paper's figures beside ours ({recorded['source']})", columns, cells, NOTE, borrowed=True)
 
 
 def paper_dropout_table(rows: Rows) -> Table:
@@ -54,5 +53,5 @@ def paper_dropout_table(rows: Rows) -> Table:
     values = recorded[papers_setting(rows)]
     cells = [[row, f"{off:.1f}", f"{on:.1f}", f"{on - off:+.1f}", "1"] for row, (off, on) in values.items()]
     columns = ["method", "paper: without", "paper: with", "paper: change", "seeds"]
-    note = f"The authors' results, copied from {recorded['source']}; nothing here was measured by these runs."
+    note = "The authors' results, copied from there; nothing here was measured by these runs."
     return Table(f"The paper's expert dropout ({recorded['source']})", columns, cells, note, borrowed=True)
