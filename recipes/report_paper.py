@@ -10,7 +10,7 @@ from recipes.run_folder import read_yaml
 
 FILE = Path(__file__).with_name("paper.yaml")
 NOTE = (
-    'Columns that begin with "paper" are the authors\' results on their data and budget, copied from there; the one that '
+    'Columns that begin with "paper" are the authors\' results on their data and budget, copied from there; that which '
     'begins with "ours" was measured here, on other data or another budget unless the settings say the same: compare '
     "orders and differences, not numbers."
 )
