@@ -188,7 +188,9 @@ class SmearBlock(nn.Module):
         """
         if self.site.feature_map:
             update = update.mT
-        update = cast(update.reshape(features.shape), features.dtype)
+        if update.shape != features.shape:
+            update = update.reshape(features.shape)
+        update = cast(update, features.dtype)
         return features + update if torch.is_grad_enabled() else update.add_(features)
 
     def to_float(self, device: torch.device | None, dtype: torch.dtype) -> SmearBlock:

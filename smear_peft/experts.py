@@ -30,6 +30,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Numbers that could be copied in the time that one more group's calls take (measured on a CPU; see `_grouping_pays`).
 CALLS_OF_A_GROUP = 2**17
+# Rows from which on, and products of a row (experts times positions) up to which, projecting with every expert takes
+# less time than merging; measured by the training cases of short sequences in `python -m benchmarks`.
+FEWEST_PROJECTED, MOST_PRODUCTS = 16, 24
 
 
 class Expert(NamedTuple):
@@ -119,7 +122,7 @@ class BottleneckExperts(nn.Module):
     def run(self, tokens: Tensor, expert: Expert) -> Tensor:
         """Tokens (R, L, D) through one expert per row, or through a single one: (R, L, D)."""
         act = ACTIVATIONS[self.activation]
-        if expert.down.shape[0] > 1:
+        if expert.down.shape[0] == tokens.shape[0]:
             return _product(act(_product(tokens, expert.down, expert.bias)), expert.up)
         down, bias, up = expert.down[0], expert.bias[0], expert.up[0]
         if _is_channels_first(tokens):
@@ -135,6 +138,24 @@ class BottleneckExperts(nn.Module):
         share = cast(weights, hidden.dtype).repeat_interleave(bottleneck, 1).unsqueeze(1)  # (R, 1, N r)
         assert share.shape[-1] == experts * bottleneck
         return _shared(hidden * share, up.flatten(0, 1))
+
+    def projected(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """What `run(tokens, merged(weights))` gives, on (R, L, D), without ever building a merged expert.
+
+        x sum_n p_n W_n = sum_n p_n (x W_n): every expert's product, then the average, once before the activation and
+        once after it. In at least float32, as the merging is.
+        """
+        down, bias, up = self._stacked()
+        dtype = torch.promote_types(weights.dtype, tokens.dtype)
+        rows, length, _ = tokens.shape
+        share = cast(weights, dtype).repeat_interleave(length, 0)  # (R L, N)
+        flat = cast(tokens, dtype).flatten(0, 1)
+        with without_autocast(tokens.device):
+            products = (flat @ cast(down, dtype).transpose(0, 1).flatten(1)).unflatten(1, bias.shape)  # (R L, N, r)
+            hidden = torch.baddbmm((share @ cast(bias, dtype)).unsqueeze(1), share.unsqueeze(1), products)
+            hidden = ACTIVATIONS[self.activation](hidden)  # (R L, 1, r)
+            out = (share.unsqueeze(2) * hidden).flatten(1) @ cast(up, dtype).flatten(0, 1)
+        return cast(out, tokens.dtype).unflatten(0, (rows, length))
 
     def choose(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Expert chosen (R,) of each row on (R, L, D), grouped by expert so that no parameter is copied per row."""
@@ -179,6 +200,8 @@ class BottleneckExperts(nn.Module):
                 return self._several(tokens, mixture)
             if mixture.chosen_up is None and self._grouping_pays(tokens):
                 return self.choose(tokens, mixture.chosen)
+        if expert is None and mixture.use is Use.MERGE and self._projecting_pays(tokens, mixture.weights):
+            return self.projected(tokens, mixture.weights)
         expert = expert or self.select(mixture, tokens.dtype)
         assert expert is not None
         return self.run(tokens, expert)
@@ -192,6 +215,12 @@ class BottleneckExperts(nn.Module):
             one = Mixture(mixture.weights, Use.CHOOSE, chosen)
             total = total + self.forward(tokens, one) * gate[:, None, None]
         return total
+
+    def _projecting_pays(self, tokens: Tensor, weights: Tensor) -> bool:
+        """Many short sequences leave merged experts too little to do: N products of all rows at once are cheaper."""
+        rows, length, _ = tokens.shape
+        experts = weights.shape[1]
+        return weights.shape[0] == rows >= FEWEST_PROJECTED and experts * length <= MOST_PRODUCTS
 
     def _grouping_pays(self, tokens: Tensor) -> bool:
         """Grouping moves L D numbers of a row twice, gathering copies 2 D r for it; but each group costs some calls.

@@ -7,7 +7,7 @@ block routes and merges once, for the B source rows: beams of one source share t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Generation:
         self.rows = rows
         self.source: Source | None = None
         self._encoder_outputs: Any = None
-        self._plans: dict[SmearBlock, tuple[tuple[Any, ...] | None, Mixture, Expert | None]] = {}
+        self._plans: dict[SmearBlock, tuple[Watch | None, Mixture, Expert | None]] = {}
 
     def is_step(self, encoder_outputs: Any) -> bool:
         """Whether a forward that got these encoder outputs is a step of this call.
@@ -50,15 +50,18 @@ class Generation:
         A compiled step cannot see that: who compiles decoding leaves the weights alone until it is over.
         """
         kept = self._plans.get(block)
-        if kept is None or (not torch.compiler.is_compiling() and kept[0] != _version(block)):
+        if kept is None:
             return None
-        return kept[1], kept[2]
+        watch, mixture, expert = kept
+        if not torch.compiler.is_compiling() and (watch is None or not watch.is_of(block)):
+            return None
+        return mixture, expert
 
     def keep(self, block: SmearBlock, mixture: Mixture, expert: Expert | None) -> None:
         """Keep a block's mixture and selected parameters for the steps to come; not where gradients are wanted."""
         if not torch.is_grad_enabled():
-            version = None if torch.compiler.is_compiling() else _version(block)
-            self._plans[block] = (version, mixture, expert)
+            watch = None if torch.compiler.is_compiling() else Watch.of(block)
+            self._plans[block] = (watch, mixture, expert)
 
     def first_beams(self, x: Tensor) -> Tensor:
         """(B * beams, ...) -> (B, ...): rows of one source are neighbours and equal."""
@@ -68,11 +71,27 @@ class Generation:
         return x[:: x.shape[0] // self.rows]
 
 
-def _version(block: SmearBlock) -> tuple[Any, ...]:
-    """Changes when a parameter is written in place or replaced, and when the block's mode changes."""
-    parameters = tuple(block.parameters())
-    counts = tuple(0 if p.is_inference() else p._version for p in parameters)
-    return (block.training, counts, tuple(map(id, parameters)))
+class Watch(NamedTuple):
+    """A block's parameters as they were: where each is held, and how often it had been written in place."""
+
+    training: bool
+    held: tuple[tuple[dict[str, Any], str, nn.Parameter, int | None], ...]
+
+    @classmethod
+    def of(cls, block: SmearBlock) -> Watch:
+        """The block as it is now; inference tensors do not count their writes."""
+        found = [(module._parameters, *entry) for module in block.modules() for entry in module._parameters.items()]
+        held = [(owner, name, p, None if p.is_inference() else p._version) for owner, name, p in found if p is not None]
+        return cls(block.training, tuple(held))
+
+    def is_of(self, block: SmearBlock) -> bool:
+        """Whether the block has the same mode, and no parameter was written in place or replaced."""
+        if block.training is not self.training:
+            return False
+        for owner, name, p, writes in self.held:  # once a step and block: `all()` takes twice as long
+            if owner[name] is not p or (writes is not None and p._version != writes):
+                return False
+        return True
 
 
 class RoutedGenerate:

@@ -1,0 +1,103 @@
+"""The ways to run a mixture give the same numbers on both sides of the borders where one takes over from another."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smear_peft import SmearConfig
+from smear_peft.block import SmearBlock
+from smear_peft.context import RoutingContext
+from smear_peft.site import Site
+
+SITE = Site("site", "Linear", 12, False, "output", "post_layer_norm", None, "own output", 5)
+
+
+def block_of(routing="smear", experts=4, dtype=torch.float64, site=SITE):
+    torch.manual_seed(0)
+    config = SmearConfig(routing=routing, num_experts=experts, expert_dropout=0.0, tasks=list("abcdefgh")[:experts])
+    block = SmearBlock(site, config)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return block.to_float(None, dtype)
+
+
+def trained(block, x, rows):
+    """Output and gradients of the first rows of a batch, run in batches of `rows`, and the shapes kept for backward."""
+    leaf, shapes = x.clone().requires_grad_(), set()
+
+    def note(tensor):
+        shapes.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        tags = torch.arange(len(x)) % block.config.num_experts
+        parts = [
+            block(leaf[i : i + rows], RoutingContext(rows=len(leaf[i : i + rows]), tags=tags[i : i + rows]))[0]
+            for i in range(0, len(x), rows)
+        ]
+        out = torch.cat(parts)
+    parameters = list(block.parameters())
+    grads = torch.autograd.grad(out.square().sum(), [leaf, *parameters], allow_unused=True)
+    return out, [g for g in grads if g is not None], shapes
+
+
+@given(experts=st.integers(2, 9), length=st.integers(1, 5), rows=st.integers(14, 20))
+@settings(max_examples=40, deadline=None)
+def test_the_size_of_the_batch_changes_no_number(experts, length, rows):
+    block = block_of(experts=experts)
+    x = torch.randn(rows, length, 12, dtype=torch.float64)
+    whole, grads, _ = trained(block, x, rows)
+    apart, expected, _ = trained(block, x, 3)
+    torch.testing.assert_close(whole, apart)
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "experts", "merges"),
+    [(16, 1, 8, False), (15, 1, 8, True), (16, 3, 8, False), (16, 4, 8, True), (64, 1, 24, False), (64, 1, 25, True)],
+)
+def test_many_short_sequences_build_no_merged_experts(rows, length, experts, merges):
+    block = block_of(experts=experts)
+    _, _, shapes = trained(block, torch.randn(rows, length, 12, dtype=torch.float64), rows)
+    assert any(set(shape) == {rows, 12, 5} and len(shape) == 3 for shape in shapes) is merges
+
+
+def test_one_route_for_all_rows_stays_one_merged_expert():
+    block = block_of("adamix").eval()
+    _, _, shapes = trained(block, torch.randn(32, 1, 12, dtype=torch.float64), 32)
+    assert not any(shape[0] == 32 and 5 in shape and 12 in shape for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_short_sequences_in_other_dtypes_are_as_exact_as_merging(dtype):
+    """The average over experts is taken in float32, whatever the features are in."""
+    exact = block_of(experts=4)
+    x = torch.randn(16, 1, 12, dtype=torch.float64).to(dtype).double()
+    with torch.no_grad():
+        for p in exact.parameters():
+            p.copy_(p.to(dtype))
+    expected = exact(x, RoutingContext(rows=16))[0]
+    found = block_of(experts=4).to_float(None, dtype)
+    found.load_state_dict(exact.state_dict())
+    out = found(x.to(dtype), RoutingContext(rows=16))[0]
+    assert out.dtype == dtype
+    close = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_grouped_choices_are_gathered_ones(rows):
+    """Wide experts on few positions are grouped when there are many rows (`choose`), gathered when there are few."""
+    site = replace(SITE, width=256, bottleneck=24)
+    block = block_of("tag", site=site)
+    x = torch.randn(200, 2, 256, dtype=torch.float64)
+    whole, grads, _ = trained(block, x, 200)
+    apart, expected, _ = trained(block, x, rows)
+    torch.testing.assert_close(whole, apart)
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
