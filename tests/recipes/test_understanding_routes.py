@@ -3,16 +3,19 @@
 import re
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from recipes import report
 from recipes.resnet_domainnet import run
 from recipes.run_folder import read_yaml, write_yaml
+from smear_peft.analysis import read_routes, similarity, specialisation
 from tests.recipes.pictures import job, picture_folder
 from tests.recipes.test_report import cells
 
 PAGE = (Path(__file__).parents[2] / "docs" / "understanding-routes.md").read_text()
+FINDINGS = PAGE.partition("## What three seeds say")[2]
 ROWS = {"smear": {}, "smear_trained_uniform": {"routes": "uniform"}, "1x_parameters": {"routing": "single"}}
 
 
@@ -57,3 +60,36 @@ def test_names_in_the_text_are_those_of_the_sweep_and_the_report():
     }
     rows = {name for name in re.findall(r"`([a-z0-9_]+)`", PAGE) if name not in ("information",)}
     assert rows <= jobs, rows - jobs
+
+
+def test_the_findings_are_those_of_the_committed_runs(monkeypatch, tmp_path):
+    root = Path(__file__).parents[2]
+    routes = [read_routes(folder) for folder in sorted((root / "results/pacs_readme").glob("smear-seed*"))]
+    shared: dict = {}
+    for some in routes:
+        for a, b, value in similarity(some).pairs():
+            shared.setdefault(f"{a} and {b}", []).append(value)
+    told = {site: [specialisation(some)[site].information for some in routes] for site in routes[0]}
+    ordered = sorted(shared.items(), key=lambda pair: -fmean(pair[1]))
+    lines = [
+        f"| {name} | {fmean(values):.2f} | {min(values):.2f} to {max(values):.2f} |"
+        for name, values in [*ordered, *told.items()]
+    ]
+    assert [line for line in FINDINGS.splitlines() if re.match(r"\| (\w+ and|layer)", line)] == lines
+
+    monkeypatch.chdir(tmp_path)
+    tables = {}
+    for reference in ("smear_trained_uniform", "single", "single_1x_parameters"):
+        report.main([str(root / "results/pacs_readme"), "--out", reference, "--reference", reference])
+        tables[reference] = Path(reference, "README.md").read_text()
+    points = {name: cells(text, "Differences in micro", "smear")[2:5:2] for name, text in tables.items()}
+    assert points["smear_trained_uniform"] == ["+0.4", "0.536"]
+    assert [points[name][0] for name in ("single", "single_1x_parameters")] == ["-0.1", "+0.2"]
+    uniform = cells(tables["single"], "Differences in micro", "smear, merged evenly in the test")
+    assert uniform[1:5] == ["smear", "-2.5", "3", "0.067"]
+    scores = [cells(tables["single"], "Scores", row)[1:5] for row in ("smear", "smear_trained_uniform")]
+    art, _, _, sketch = (float(a.split()[0]) - float(b.split()[0]) for a, b in zip(*scores, strict=True))
+    assert (round(sketch, 1), round(art, 1)) == (3.4, -2.1)
+    for words in ("+0.4 points of micro (p = 0.54)", "3.4 more on", "2.1 fewer on", "it is -0.1", "+0.2. Merged",
+                  "loses 2.5 (p = 0.07)"):  # fmt: skip
+        assert words in FINDINGS
