@@ -194,7 +194,7 @@ def test_two_processes_tell_of_the_examples_of_both_and_once(tmp_path):
 # --- Trainer ---
 
 
-def trainer_with(callbacks, tmp_path, kind=SmearTrainer, **settings):
+def trainer_with(callbacks, tmp_path, kind=SmearTrainer, report_to=(), **settings):
     from transformers import TrainerCallback, TrainingArguments
 
     class Keeps(TrainerCallback):
@@ -206,7 +206,7 @@ def trainer_with(callbacks, tmp_path, kind=SmearTrainer, **settings):
     batch = t5_batch(rows=8)
     rows = [{name: value[i] for name, value in batch.items()} | {"routing_tags": i % 3} for i in range(8)]
     args = TrainingArguments(
-        str(tmp_path / "out"), max_steps=4, logging_steps=2, per_device_train_batch_size=4, report_to=[],
+        str(tmp_path / "out"), max_steps=4, logging_steps=2, per_device_train_batch_size=4, report_to=list(report_to),
         use_cpu=True, disable_tqdm=True, save_strategy="no", remove_unused_columns=False, **settings,
     )  # fmt: skip
     keeps = Keeps()
@@ -241,3 +241,38 @@ def test_any_trainer_will_do(tmp_path):
     assert {name for name in tracker.seen[0] if name.startswith("routing/")} == {
         f"routing/{name}" for name in ("entropy", "largest_share", "never_used", "mutual_information")
     }
+
+
+def in_tensorboard(folder):
+    """Tag -> steps, of everything that was logged below a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for file in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        found |= {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return found
+
+
+def test_a_trainer_s_tensorboard_has_every_site(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer_with([RoutingCallback(tasks=TASKS)], tmp_path, report_to=["tensorboard"])[0].train()
+    logged = in_tensorboard(tmp_path)
+    assert logged["train/routing/entropy"] == logged["train/loss"] == [2, 4]
+    assert len([tag for tag in logged if tag.endswith("/mutual_information")]) == 11
+
+
+def test_an_accelerate_loop_s_tensorboard_has_it(tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("routes")
+    model = accelerator.prepare(routed().train())
+    with RoutingTelemetry(model, tasks=TASKS) as telemetry:
+        for step in range(2):
+            accelerator.backward(routed_loss(model, t5_batch())[0])
+            accelerator.log(telemetry.collect().values(), step=step)
+    accelerator.end_training()
+    logged = in_tensorboard(tmp_path)
+    assert logged["routing/entropy"] == [0, 1]
+    assert logged["routing/drift"] == [1]
