@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from smear_peft.context import RoutingContext, check_mask, pool
 from smear_peft.experts import BottleneckExperts, Expert
 from smear_peft.precision import cast, without_autocast
+from smear_peft.prompt import missing
 from smear_peft.routing import Mixture, Query, Use, get_method
 
 if TYPE_CHECKING:
@@ -86,12 +87,13 @@ class SmearBlock(nn.Module):
             ValueError: the method needs tags or ids that the context does not have, or the site needs the encoder's
                 state and runs outside of its model.
         """
-        tokens = self._tokens(self._normalised(features, context.recomputed))
-        generation = context.generation if self.site.router_input == "encoder state" else None
+        tokens = self._tokens(self._normalised(features, context.recomputed), context.text)
+        generation = context.generation if self.site.router_input != "own output" else None
         if generation is not None and (plan := generation.recall(self)) is not None:
             return self._added(self._update(tokens, *plan), features), None, None
-        sequence = features.ndim == 3 and not self.site.feature_map
-        mask = context.mask if sequence and self.site.router_input == "own output" else None
+        sequence = features.ndim == 3 or tokens.shape[:2] == context.text
+        own = self.site.router_input != "encoder state" and not self.site.feature_map
+        mask = context.mask if sequence and own else None
         rows = tokens.shape[0] if generation is None else generation.rows or tokens.shape[0]
         mixture, seen = self._route(tokens, rows, mask, context, override)
         expert = None
@@ -135,6 +137,11 @@ class SmearBlock(nn.Module):
                     "whole model gives it; call the model (or its decoder with encoder_hidden_states), not this layer."
                 )
             return context.source.pooled[self.config.pooling]
+        if self.site.router_input == "prompt":
+            if context.generation is not None:
+                return context.generation.pooled(self, tokens, mask)
+            if mask is None:
+                raise ValueError(missing(self.site.name, cached=False))
         return pool(tokens, mask if self.config.pooling == "masked_mean" else None)
 
     def _update(self, tokens: Tensor, mixture: Mixture, expert: Expert | None) -> Tensor:
@@ -175,10 +182,15 @@ class SmearBlock(nn.Module):
         weight, bias, x = (cast(tensor, stats.dtype) for tensor in (norm.weight, norm.bias, features))
         return cast(F.batch_norm(x, stats, variance, weight, bias, norm.training, MOMENTUM, EPS), features.dtype)
 
-    def _tokens(self, features: Tensor) -> Tensor:
+    def _tokens(self, features: Tensor, text: tuple[int, int] | None) -> Tensor:
+        """Features as (B, L, D). OPT hands over (B * L, D), which only the text's shape tells from (B, D)."""
         if self.site.feature_map:
             return features.flatten(2).mT
-        return features if features.ndim == 3 else features.reshape(features.shape[0], -1, features.shape[-1])
+        if features.ndim == 3:
+            return features
+        flat = features.ndim == 2 and text is not None and features.shape[0] == text[0] * text[1]
+        rows = text[0] if flat and text is not None else features.shape[0]
+        return features.reshape(rows, -1, features.shape[-1])
 
     def _added(self, update: Tensor, features: Tensor) -> Tensor:
         """The features plus the update (B, L, D), in the features' shape and dtype.

@@ -45,10 +45,12 @@ class RoutingContext(NamedTuple):
     Attributes:
         owner: the module (or trace) that entered this context.
         rows: B, examples before beam expansion; None where nobody said.
+        text: (B, L) of the text that the running forward got, beams counted; None without text.
+        reads: whether some active router looks at the input.
         tags: (B,) integers, indices into `SmearConfig.tasks`.
         example_ids: (B,) integers.
         routing_mask: (B, L), positions that routers may see, given by the caller.
-        mask: (B, L) of the stack that owns the site, None for all positions.
+        mask: (B, L) of the stack that owns the site, None for all positions; in a decoder-only model the prompt.
         source: set in a decoder.
         generation: set inside `generate`.
         traces: who listens.
@@ -61,6 +63,8 @@ class RoutingContext(NamedTuple):
 
     owner: Any = None
     rows: int | None = None
+    text: tuple[int, int] | None = None
+    reads: bool = False
     tags: Tensor | None = None
     example_ids: Tensor | None = None
     routing_mask: Tensor | None = None

@@ -1,8 +1,9 @@
 """Route once, merge once: what a whole `generate` call keeps, and who owns it.
 
 `RoutedGenerate` stands in front of a model's `generate`. It takes the routing arguments, opens a `Generation` for the
-length of the call, and closes it however the call ends. Inside, the encoder's state is pooled once, and each decoder
-block routes and merges once, for the B source rows: beams of one source share the row's expert.
+length of the call, and closes it however the call ends. Inside, the encoder's state (in a decoder-only model: the
+prompt) is pooled once, and each decoder block routes and merges once, for the B source rows: beams of one source share
+the row's expert.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smear_peft.context import ROUTED_ARGUMENTS, Source, batch_size, entered
+from smear_peft.context import ROUTED_ARGUMENTS, Source, as_mask, batch_size, entered, pool
+from smear_peft.prompt import Prompt, missing
 
 if TYPE_CHECKING:
     from smear_peft.block import SmearBlock
@@ -26,12 +28,15 @@ class Generation:
 
     Args:
         rows: B, source rows before beam expansion; None if the call's inputs did not say.
+        prompt: in a decoder-only model, what the call says of its prompt.
     """
 
-    def __init__(self, rows: int | None) -> None:
+    def __init__(self, rows: int | None, prompt: Prompt | None = None) -> None:
         self.rows = rows
+        self.prompt = prompt
         self.source: Source | None = None
         self._encoder_outputs: Any = None
+        self._pooled: dict[SmearBlock, Tensor] = {}
         self._plans: dict[SmearBlock, tuple[Watch | None, Mixture, Expert | None]] = {}
 
     def is_step(self, encoder_outputs: Any) -> bool:
@@ -43,6 +48,23 @@ class Generation:
         if self._encoder_outputs is None:
             self._encoder_outputs = encoder_outputs
         return self._encoder_outputs is encoder_outputs
+
+    def pooled(self, block: SmearBlock, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """What a block's router sees of the prompt (B, D): pooled in the first step, the same in all others.
+
+        Args:
+            block: of a decoder-only model.
+            tokens: (B * beams, L, D) of this step.
+            mask: (B, L) of the prompt in the first step, None in others.
+
+        Raises:
+            ValueError: this block did not take part in the first step.
+        """
+        if block not in self._pooled:
+            if mask is None:
+                raise ValueError(missing(block.site.name, cached=True))
+            self._pooled[block] = pool(self.first_beams(tokens), mask)
+        return self._pooled[block]
 
     def recall(self, block: SmearBlock) -> tuple[Mixture, Expert | None] | None:
         """What `keep` kept for a block, unless its weights or its mode have changed since.
@@ -115,6 +137,15 @@ class RoutedGenerate:
         for trace in context.traces:
             if trace.root is self.model:
                 trace.begin(given.get("routing_tags"))
-        with entered(context._replace(owner=self, generation=Generation(rows))):
+        prompt = self._prompt(context.routing_mask, args, kwargs) if self.hook.causal and context.reads else None
+        with entered(context._replace(owner=self, generation=Generation(rows, prompt))):
             generate = type(self.model).generate  # type: ignore[attr-defined]
             return generate(self.model, *args, **kwargs)
+
+    @staticmethod
+    def _prompt(routing_mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
+        ids = next((value for value in given if isinstance(value, Tensor) and value.ndim > 1), None)
+        if routing_mask is None:
+            return Prompt(ids, as_mask(kwargs.get("attention_mask"), "attention_mask"))
+        return Prompt(ids, routing_mask)

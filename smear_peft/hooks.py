@@ -9,7 +9,6 @@ All hooks are plain picklable objects, so that copies of a model bring their own
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from smear_peft.batch_norm import hold_statistics
 from smear_peft.block import missing_argument
+from smear_peft.call import Call
 from smear_peft.checkpointing import RoutedCheckpoint, route_checkpoints
 from smear_peft.context import (
     ROUTED_ARGUMENTS,
@@ -33,8 +33,9 @@ from smear_peft.context import (
     module_device,
     pooled_source,
 )
-from smear_peft.generation import RoutedGenerate
+from smear_peft.generation import Generation, RoutedGenerate
 from smear_peft.mixed import MixedBatch, name_rows
+from smear_peft.prompt import PromptFinder
 from smear_peft.recompute import Forward, running
 from smear_peft.routing import get_method
 from smear_peft.stacks import Stacks
@@ -44,38 +45,22 @@ if TYPE_CHECKING:
     from smear_peft.layer import SmearLayer
 
 
-class Call:
-    """Looks up arguments of a module's forward, given by name or by position."""
-
-    def __init__(self, module: nn.Module) -> None:
-        names = [
-            name
-            for name, p in inspect.signature(module.forward).parameters.items()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        self.positions = {name: index for index, name in enumerate(names)}
-
-    def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The argument called `name`, or None."""
-        if name in kwargs:
-            return kwargs[name]
-        index = self.positions.get(name, len(args))
-        return args[index] if index < len(args) else None
-
-
 class RootHook:
     """Forward pre-hook of the root model.
 
     Args:
         module: the root model.
         layers: its routed layers.
-        is_stack: whether the root is its own only stack, so that its attention mask is the sites' mask.
+        stacks: of the root. Where it is its own only stack, its attention mask is the sites' mask; where that one is a
+            decoder, the prompt is.
     """
 
-    def __init__(self, module: nn.Module, layers: list[SmearLayer], is_stack: bool) -> None:
+    def __init__(self, module: nn.Module, layers: list[SmearLayer], stacks: Stacks) -> None:
         self.layers = layers
         self.call = Call(module)
-        self.is_stack = is_stack
+        self.is_stack = not stacks.named
+        self.causal = stacks.causal
+        self.prompt = PromptFinder(self.call)
         self.warned = False
 
     def __call__(
@@ -88,14 +73,16 @@ class RootHook:
             kwargs = {name: value for name, value in kwargs.items() if name not in given}
         generation = outer.generation
         inside = isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module and not given
-        if inside and generation is not None and generation.is_step(self.call.get("encoder_outputs", args, kwargs)):
+        if inside and generation is not None and self._is_step(generation, args, kwargs):
             context = outer
         else:
             context = self.context(module, given, batch_size(args, kwargs))
             for trace in context.traces:
                 if trace.root is module:
                     trace.begin(given.get("routing_tags"))
-        if self.is_stack:
+        if self.causal:
+            context = context._replace(mask=self.prompt(context, args, kwargs) if context.reads else None)
+        elif self.is_stack:
             mask = context.routing_mask
             if mask is None:
                 mask = as_mask(self.call.get("attention_mask", args, kwargs), "attention_mask")
@@ -105,8 +92,14 @@ class RootHook:
             self._warn_of_lost_terms(context)
             route_checkpoints(module)
         notes = Forward() if grad and not context.recomputed and not torch.compiler.is_compiling() else None
-        enter(context._replace(owner=module, grad=grad, forward=notes))
+        enter(context._replace(owner=module, text=self.call.text_shape(args, kwargs), grad=grad, forward=notes))
         return args, kwargs
+
+    def _is_step(self, generation: Generation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if generation.prompt is None:
+            return generation.is_step(self.call.get("encoder_outputs", args, kwargs))
+        cache, ids = (self.call.get(name, args, kwargs) for name in ("past_key_values", "input_ids"))
+        return generation.prompt.is_step(cache, ids)
 
     def context(self, module: nn.Module, given: dict[str, Any], rows: int | None) -> RoutingContext:
         """The context that a call's routing arguments make, checked against what the active methods need.
@@ -121,8 +114,10 @@ class RootHook:
         if mixed is not None:
             mixed.check_call(rows, [trace for trace in outer.traces if trace.root is module])
         ids: dict[str, Tensor | None] = {"routing_tags": None, "example_ids": None}
+        reads = False
         for adapter, config in self.configs(mixed).items():
             method = get_method(config.routing)
+            reads = reads or method.router.reads != "nothing"
             for name in method.needs:
                 value = given.get(name)
                 if value is None:
@@ -136,6 +131,7 @@ class RootHook:
         mask = as_mask(mask, "routing_mask")
         return RoutingContext(
             rows=rows,
+            reads=reads,
             tags=ids["routing_tags"],
             example_ids=ids["example_ids"],
             routing_mask=mask,
@@ -260,7 +256,7 @@ def install(root: nn.Module, layers: dict[str, SmearLayer], configs: list[SmearC
     uninstall(root)
     stacks = Stacks(root)
     pairs = stacks.named
-    hook = RootHook(root, list(layers.values()), is_stack=not pairs)
+    hook = RootHook(root, list(layers.values()), stacks)
     root.register_forward_pre_hook(hook, with_kwargs=True)
     root.register_forward_hook(LeaveHook(), always_call=True)
     poolings = tuple(sorted({config.pooling for config in configs}))

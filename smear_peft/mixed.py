@@ -95,8 +95,10 @@ class MixedBatch:
         if generation is not None:
             generation = copy.copy(generation)
             generation.rows = rows.numel()
+        text = context.text
         return context._replace(
             rows=rows.numel(),
+            text=None if text is None else (rows.numel() * self.beams(text[0]), text[1]),
             tags=of(context.tags),
             example_ids=of(context.example_ids),
             mask=of(context.mask),

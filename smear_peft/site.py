@@ -1,4 +1,4 @@
-"""`Site`: one place in a model for a routed block, as a value that says all that a block needs to know of it."""
+"""`Site`: one place in a model for a routed block, as a value that says all that a block needs to know; `Sites`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Site:
         placement: "input" or "output" of the wrapped module.
         norm: "post_layer_norm", "pre_batch_norm" or "none".
         stack: "encoder" or "decoder" of an encoder-decoder model, None in any other.
-        router_input: "own output", or "encoder state" in a decoder.
+        router_input: "own output"; "encoder state" in a decoder with an encoder; "prompt" in one without: the own
+            output at the prompt's positions.
         bottleneck: r, width of one expert.
         parameters: number of trainable parameters of the block.
     """
@@ -32,3 +33,27 @@ class Site:
     router_input: str
     bottleneck: int
     parameters: int = 0
+
+
+class Sites(list[Site]):
+    """A list of sites that prints as a table."""
+
+    COLUMNS = ("site", "module", "width", "r", "placement", "norm", "router sees", "parameters")
+
+    def __str__(self) -> str:
+        rows = [
+            (s.name, s.module_type, s.width, s.bottleneck, s.placement, s.norm, s.router_input, f"{s.parameters:,}")
+            for s in self
+        ]
+        total = ("", *[""] * (len(self.COLUMNS) - 2), f"{sum(site.parameters for site in self):,}")
+        lines = [tuple(map(str, row)) for row in (self.COLUMNS, *rows, total)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(_line(line, widths) for line in lines)
+
+
+NUMBERS = (2, 3, 7)  # columns that are set right
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    columns = enumerate(zip(cells, widths, strict=True))
+    return "  ".join(cell.rjust(width) if i in NUMBERS else cell.ljust(width) for i, (cell, width) in columns)

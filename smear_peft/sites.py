@@ -19,12 +19,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from smear_peft.architectures import ARCHITECTURES, is_site, layer_norm_names
+from smear_peft import architectures
+from smear_peft.architectures import layer_norm_names
 from smear_peft.block import SmearBlock
 from smear_peft.config import SmearConfig
 from smear_peft.routing import get_method
-from smear_peft.site import Site
+from smear_peft.site import Site, Sites
 from smear_peft.stacks import Stacks
+from smear_peft.widths import is_activation, width_of
 
 
 def list_sites(model: nn.Module, config: SmearConfig | None = None) -> list[Site]:
@@ -35,7 +37,7 @@ def list_sites(model: nn.Module, config: SmearConfig | None = None) -> list[Site
         config: what to place; None: the defaults of `SmearConfig`.
 
     Returns:
-        Sites in the order of `model.named_modules()`.
+        Sites in the order of `model.named_modules()`; printed, they are a table with each block's parameters.
 
     Raises:
         ValueError: nothing matches (the message lists what was found), or a site's width cannot be told.
@@ -45,7 +47,7 @@ def list_sites(model: nn.Module, config: SmearConfig | None = None) -> list[Site
     modules = base_modules(root)
     stacks = Stacks(root)
     config = resolve(modules, config, stacks)
-    return [describe(name, modules, config, stacks) for name in site_names(modules, config)]
+    return Sites(describe(name, modules, config, stacks) for name in site_names(modules, config))
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -85,7 +87,7 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
     config = copy.deepcopy(config)
     config.check()
     if config.target_modules is None:
-        names = [name for name in modules if any(is_site(name, modules, row) for row in ARCHITECTURES)]
+        names = architectures.site_names(modules)
         if get_method(config.routing).sees_all_positions:
             names = [name for name in names if stacks.kind_of(name) != "decoder"]
         if not names:
@@ -168,7 +170,7 @@ def _nothing_found(modules: dict[str, nn.Module], wanted: str, config: SmearConf
         if name and not any(module.children())
     )
     found = ", ".join(f"{name} ({kind} x {count})" for (name, kind), count in leaves.most_common(12))
-    families = ", ".join(row.family for row in ARCHITECTURES)
+    families = ", ".join(row.family for row in architectures.ARCHITECTURES)
     narrowed = [
         f"{name}={getattr(config, name)!r}"
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
@@ -191,7 +193,7 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
         ValueError: the width of the site cannot be told, or the block does not fit there.
     """
     module = modules[name]
-    width, feature_map = _width(name, module, modules)
+    width, feature_map = width_of(name, module, modules)
     norm = config.norm
     if norm == "auto":
         norm = "pre_batch_norm" if feature_map else "post_layer_norm"
@@ -201,13 +203,9 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
         )
     placement = config.placement
     if placement == "auto":
-        placement = "input" if _is_activation(module) else "output"
-    if stacks.causal and get_method(config.routing).router.reads != "nothing":
-        raise ValueError(
-            f"{name} is in a decoder-only model, where a route taken from the whole text would see the answer that it "
-            f"is to predict; routing={config.routing!r} cannot be used there. Routings that do not look at the text "
-            "can: tag, hash, latent_skills, adamix, single."
-        )
+        placement = "input" if is_activation(module) else "output"
+    if stacks.causal:
+        _check_causal(name, config)
     stack = stacks.kind_of(name)
     bottleneck = config.bottleneck_dim or (32 if feature_map else width // config.reduction_factor)
     if bottleneck < 1:
@@ -223,58 +221,27 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
         placement=placement,
         norm=norm,
         stack=stack,
-        router_input="encoder state" if stack == "decoder" else "own output",
+        router_input="prompt" if stacks.causal else "encoder state" if stack == "decoder" else "own output",
         bottleneck=bottleneck,
     )
     return _with_parameters(site, config)
+
+
+def _check_causal(name: str, config: SmearConfig) -> None:
+    method = get_method(config.routing)
+    if method.sees_all_positions or method.router.reads == "tokens":
+        raise ValueError(
+            f"routing={config.routing!r} mixes the positions of a text, so at {name}, in a decoder-only model, later "
+            "tokens would leak into earlier ones; choose another routing."
+        )
+    if method.router.reads != "nothing" and config.pooling != "masked_mean":
+        raise ValueError(
+            f"pooling={config.pooling!r} averages over the whole text, and at {name}, in a decoder-only model, that "
+            "holds the answer; pooling='masked_mean' averages over the prompt."
+        )
 
 
 def _with_parameters(site: Site, config: SmearConfig) -> Site:
     with torch.device("meta"):
         block = SmearBlock(site, config)
     return replace(site, parameters=sum(p.numel() for p in block.parameters()))
-
-
-def _is_activation(module: nn.Module) -> bool:
-    """torch's, transformers' and timm's activations live in modules called activation(s)."""
-    home = type(module).__module__.rpartition(".")[2]
-    return home.startswith("activation") and next(module.parameters(), None) is None
-
-
-WIDTHS = ("out_features", "out_channels", "nf", "num_features", "embedding_dim")
-
-
-def _own_width(module: nn.Module) -> tuple[int, bool] | None:
-    """(width, feature_map) of a module that says it itself."""
-    for attribute in WIDTHS:
-        width = getattr(module, attribute, None)
-        if isinstance(width, int):
-            return width, isinstance(module, nn.modules.conv._ConvNd | nn.BatchNorm2d | nn.BatchNorm3d)
-    shape = getattr(module, "normalized_shape", None)
-    if isinstance(shape, tuple) and len(shape) == 1:
-        return shape[0], False
-    weight = getattr(module, "weight", None)
-    if weight is not None and weight.ndim in (1, 2):
-        return weight.shape[0], False
-    return None
-
-
-def _width(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple[int, bool]:
-    """A module's own width, or that of the last sized module before it in its parent block."""
-    if (own := _own_width(module)) is not None:
-        return own
-    parent = name.rpartition(".")[0]
-    before: list[nn.Module] = []
-    for other, candidate in modules.items():
-        if other == name:
-            break
-        if other.startswith(f"{parent}." if parent else "") and other != parent:
-            before.append(candidate)
-    if next(module.parameters(), None) is None:
-        for candidate in reversed(before):
-            if (sized := _own_width(candidate)) is not None:
-                return sized
-    raise ValueError(
-        f"The width of {name} ({type(module).__name__}) cannot be told: it has no out_features, out_channels or "
-        "weight, nor has a module before it in its block. Target a Linear or Conv2d next to it instead."
-    )

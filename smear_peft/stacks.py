@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+READS_THE_TEXT = re.compile("For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
 
 class Stacks:
@@ -17,7 +20,8 @@ class Stacks:
 
     Attributes:
         named: the two stacks with their kinds; empty for a model with a single stack.
-        causal: whether the single stack is a decoder, whose positions must not see later ones.
+        causal: whether the single stack is a decoder that predicts the next token, so that no position may know of
+            later ones. With a head that reads the whole text (a classifier's, say) nothing of the answer is in it.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -25,7 +29,7 @@ class Stacks:
         self.named: list[tuple[nn.Module, str]] = list(zip(pair, ("encoder", "decoder"), strict=False))
         names = {id(module): uncompiled(name) for name, module in root.named_modules()}
         self._prefixes = [(names[id(m)] + ".", kind) for m, kind in self.named if id(m) in names]
-        self.causal = not pair and _is_causal(root)
+        self.causal = not pair and _is_causal(root) and not READS_THE_TEXT.search(type(root).__name__)
 
     def kind_of(self, name: str) -> str | None:
         """Kind of stack ("encoder" or "decoder") of the module called `name`, None in a model with a single stack."""

@@ -178,12 +178,12 @@ class SmearTrainer(Trainer):
         """Divide by the items of a whole step for models that are told their number and do not use it.
 
         Trainer takes such a model's mean for its share of the step's mean, and adds the means of accumulated batches
-        (and of processes) up: huggingface/transformers issue 47688. T5's loss is simple enough to be computed here, a
-        share by tokens; for other models it is averaged over the batches.
+        (and of processes) up: huggingface/transformers issue 47688. The loss of T5 and BART is simple enough to be
+        computed here, a share by tokens; for other models it is averaged over the batches.
         """
         if self.compute_loss_func is not None or not self.model_accepts_loss_kwargs or _divides_by_items(model):
             return
-        families = [row for row in ARCHITECTURES if type(model).__module__.startswith(row.package)]
+        families = [row for row in ARCHITECTURES if row.owns(type(model))]
         if families and shifts_right(model):
             self.compute_loss_func = partial(token_loss, epsilon=self.args.label_smoothing_factor)
         elif self.label_smoother is None:

@@ -25,7 +25,7 @@ import torch
 from scope import NOT_APPLICABLE, REFUSED, STARTS_AS_IDENTITY, WIDE_STEPS
 from stand_in import LORA_ALONE, StandIn
 
-from smear_peft import SmearConfig, SmearModel, architectures, list_sites, sites
+from smear_peft import SmearConfig, SmearModel, architectures, list_sites
 from smear_peft.architectures import Architecture
 from smear_peft.experts import BottleneckExperts
 from smear_peft.stacks import Stacks
@@ -40,7 +40,7 @@ FAMILIES = {
     ("gpt2", "GPT2Attention"): ("c_attn",),
 }
 ROWS = tuple(
-    Architecture(family, f"transformers.models.{family}.", tuple((parent, child) for child in children))
+    Architecture(family, f"transformers.models.{family}", tuple(f"{parent}.{child}" for child in children))
     for (family, parent), children in FAMILIES.items()
 )
 UNTOUCHED = "no SmearConfig takes part: a test of another method, or of PEFT alone"
@@ -79,7 +79,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     StandIn.routing_under_test = config.getoption("--smear-routing")
-    architectures.ARCHITECTURES = sites.ARCHITECTURES = (*architectures.ARCHITECTURES, *ROWS)
+    replaced = {row.family for row in ROWS}
+    own = [row for row in architectures.ARCHITECTURES if row.family not in replaced]
+    architectures.ARCHITECTURES = (*own, *ROWS)
 
 
 @pytest.hookimpl(wrapper=True)
