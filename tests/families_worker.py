@@ -1,0 +1,42 @@
+"""One of the processes that tests/test_families.py launches: a training step of every family under torch DDP.
+
+Writes found.json, {family: figures} as tests/distributed_worker.py has them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed_worker import run
+from tests.families import families
+from tests.routed import routed
+
+
+def doubled(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first two rows twice: each rank has the whole of what one process has, losses over tokens included."""
+    return {name: torch.cat([value[:2], value[:2]]) for name, value in batch.items()}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = {}
+    for family in families():
+        model = routed(family.make(), expert_dropout=0.0).train()
+        for module in model.modules():  # what a batch norm of ours makes of a rank's rows is its own
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        if family.kind == "timm":
+            found[family.name] = run(model, doubled(family.batch), lambda out, _: out.square().mean(1))
+        else:
+            found[family.name] = run(model, doubled(family.batch), plain=True)
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
