@@ -168,7 +168,10 @@ def small(name: str, default: Any) -> Any:
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model with the weights of seed 0; the global generator is left as it was. BatchNorms get statistics."""
+    """A model with the weights of seed 0 and with norms, statistics and layer scales as of a trained one.
+
+    The global generator is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make()
@@ -178,6 +181,9 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
             elif isinstance(module, nn.LayerNorm) and module.weight is not None:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
+        for p in model.parameters():
+            if p.ndim == 1 and 0 < p.abs().max() < 1e-3:
+                nn.init.uniform_(p, 0.5, 1.5)
     return model
 
 

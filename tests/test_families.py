@@ -2,15 +2,17 @@
 
 import copy
 import functools
+import inspect
 import json
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
-from smear_peft import SmearLayer, list_sites, trace
+from smear_peft import SmearConfig, SmearLayer, list_sites, trace
 
 from .families import PROMPT, ROWS, Family, families, kind_of, of_kind, seeded, tiny_timm_settings
 from .launch import on_two_processes
@@ -39,7 +41,9 @@ def shared(family_name: str) -> nn.Module:
 def outcome(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits, and a loss."""
     out = model(**batch)
-    return (out, out.square().mean()) if isinstance(out, Tensor) else (out.logits, out.loss)
+    if not isinstance(out, Tensor):
+        return out.logits, out.loss
+    return out, cross_entropy(out, torch.arange(len(out)) % 4)
 
 
 @torch.no_grad()
@@ -49,6 +53,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
+    torch.manual_seed(3)  # some models drop paths
     outcome(model.train(), batch)[1].backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -207,6 +212,10 @@ def padded(family: Family, row: int, side: str, more: int, positions: bool) -> d
     return own
 
 
+def takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.get_base_model().forward).parameters
+
+
 def attended(out: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Logits (1, L, V) of a decoder's tokens; those of other models are per example, or of the decoder's own tokens."""
     return out[:, batch["attention_mask"][0] != 0] if out.shape[:2] == batch["input_ids"].shape else out
@@ -217,9 +226,8 @@ def attended(out: Tensor, batch: dict[str, Tensor]) -> Tensor:
 def test_padding_does_not_matter(family):
     """On every side, and with every kind of positions, on which it does not matter to the base."""
     model, checked = shared(family.name), set()
-    takes_positions = "position_ids" in model.get_base_model().forward.__code__.co_varnames
     for side in ("right", "left"):
-        for positions in (False, True)[: 1 + takes_positions]:
+        for positions in (False, True)[: 1 + takes_positions(model)]:
             (short, long) = (padded(family, 2, side, more, positions) for more in (0, 4))
             with model.disable_adapter():
                 bare = [attended(logits(model, batch), batch) for batch in (short, long)]
@@ -274,7 +282,7 @@ def as_training(model: nn.Module, batch: dict[str, Tensor], text: Tensor) -> dic
     labels = text.clone()
     labels[:, : batch["input_ids"].shape[1]] = -100
     full = {"input_ids": text, "attention_mask": mask, "labels": labels}
-    if "position_ids" in model.get_base_model().forward.__code__.co_varnames:
+    if takes_positions(model):
         full["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return full
 
@@ -287,8 +295,9 @@ def test_through_the_timm_wrapper(family):
     name, settings = tiny_timm_settings(family.row)
     config = TimmWrapperConfig(architecture=name, num_labels=4, do_pooling=False, model_args=settings)
     base = seeded(lambda: AutoModelForImageClassification.from_config(config)).eval()
-    own = [site.name for site in list_sites(family.make())]
-    assert [site.name for site in list_sites(base)] == [f"timm_model.{name}" for name in own]
+    narrow = SmearConfig(bottleneck_dim=2)
+    own = [site.name for site in list_sites(family.make(), narrow)]
+    assert [site.name for site in list_sites(base, narrow)] == [f"timm_model.{name}" for name in own]
     model = routed(base)
     with torch.no_grad(), trace(model) as routes:
         model(pixel_values=family.batch["x"], labels=torch.zeros(ROWS, dtype=torch.long))
