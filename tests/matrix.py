@@ -10,10 +10,23 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from smear_peft import architectures as rows
+
+from .families import kind_of
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by `python -m tests.matrix` -->\n", "<!-- end of what it made -->"
-ARCHITECTURES = {"T5": "T5", "ResNet": "timm ResNet", "any other": "any other, by `target_modules`"}
+ARCHITECTURES = {
+    "T5": "T5",
+    "encoder-decoder": "encoder-decoders",
+    "encoder": "encoders",
+    "decoder-only": "decoder-only",
+    "ResNet": "timm ResNet",
+    "image": "images",
+    "any other": "any other, by `target_modules`",
+}
+KINDS = {"encoder-decoder": "encoder-decoder", "encoder": "encoder", "decoder": "decoder-only"}  # the others: image
 FEATURES = (
     "every routing method: trains, saves, reloads",
     "reloaded answers are equal bit for bit",
@@ -24,6 +37,7 @@ FEATURES = (
     "PEFT's own test-suite",
     "routes do not depend on padding and batch mates",
     "`generate`: beams, with and without the cache",
+    "no token of an answer changes logits before it",
     "two threads at once",
     "`trace` of the routes",
     "gradient checkpointing",
@@ -38,6 +52,7 @@ FEATURES = (
     "Trainer, Seq2SeqTrainer: `load_best_model_at_end`",
     "Seq2SeqTrainer: `predict_with_generate`",
     "Trainer, Seq2SeqTrainer: resume",
+    "TRL's SFTTrainer: completion-only loss",
     "base quantised by torchao, int8 and int4",
     "base quantised by bitsandbytes, 8 and 4 bit",
 )
@@ -74,7 +89,16 @@ def table() -> str:
         raise ValueError(f"no test carries a mark for {sorted(bare)}")
     lines = [["", *ARCHITECTURES.values()], ["---"] * (len(ARCHITECTURES) + 1)]
     lines += [[feature, *(cell(cells.get((feature, kind), {})) for kind in ARCHITECTURES)] for feature in FEATURES]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + members()
+
+
+def members() -> str:
+    """Which families the columns of several stand for, from the table of sites."""
+    names: dict[str, list[str]] = {}
+    for row in rows.ARCHITECTURES:
+        names.setdefault(KINDS.get(kind_of(row), "image"), []).append(row.family)
+    lists = "; ".join(f"{ARCHITECTURES[kind]}: {', '.join(names[kind])}" for kind in ARCHITECTURES if kind in names)
+    return f"\nEach column of several families is tested on a tiny model of each: {lists}.\n"
 
 
 def cell(tests: dict[tuple[str, bool], list[str]]) -> str:

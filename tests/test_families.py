@@ -20,7 +20,6 @@ from .routed import close, routed
 
 EVERY, TEXTS = of_kind(), of_kind("encoder-decoder", "encoder", "decoder")
 IMAGES, WRITERS, TIMM = of_kind("image", "timm"), of_kind("encoder-decoder", "decoder"), of_kind("timm")
-COLUMNS = ("encoder", "encoder-decoder", "decoder-only", "image")
 slow = pytest.mark.slow
 
 
@@ -105,7 +104,7 @@ def test_every_site_runs_once_on_whole_examples(family):
 
 
 @each(EVERY)
-@pytest.mark.feature("reloaded answers are equal bit for bit", *COLUMNS)
+@pytest.mark.feature("reloaded answers are equal bit for bit", "encoder", "encoder-decoder", "decoder-only", "image")
 def test_trains_saves_and_reloads(family, tmp_path):
     model = adapted(family)
     before = logits(model, family.batch)
@@ -121,7 +120,7 @@ def test_trains_saves_and_reloads(family, tmp_path):
 
 
 @each(EVERY)
-@pytest.mark.feature("`unload` gives the base back", *COLUMNS)
+@pytest.mark.feature("`unload` gives the base back", "encoder", "encoder-decoder", "decoder-only", "image")
 def test_unload_gives_the_base_back(family):
     model = adapted(family)
     assert (logits(model, family.batch) - logits(family.make(), family.batch)).abs().max() > 1e-3
@@ -133,7 +132,7 @@ def test_unload_gives_the_base_back(family):
 
 
 @each(EVERY)
-@pytest.mark.feature("gradient checkpointing", *COLUMNS)
+@pytest.mark.feature("gradient checkpointing", "encoder", "encoder-decoder", "decoder-only", "image")
 def test_gradient_checkpointing_gives_the_same_gradients(family):
     model = adapted(family)
     base = model.get_base_model()
@@ -153,7 +152,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
 
 
 @each(EVERY)
-@pytest.mark.feature("bfloat16", *COLUMNS)
+@pytest.mark.feature("bfloat16", "encoder", "encoder-decoder", "decoder-only", "image")
 def test_a_base_in_bfloat16(family):
     """As close to float32 as the base itself is, give or take."""
     model = routed(family.make().bfloat16())
@@ -168,7 +167,7 @@ def test_a_base_in_bfloat16(family):
 
 @slow
 @each(EVERY)
-@pytest.mark.feature("`torch.compile`, one graph", *COLUMNS)
+@pytest.mark.feature("`torch.compile`, one graph", "encoder", "encoder-decoder", "decoder-only", "image")
 def test_one_graph(family):
     if torch.__version__.startswith("2.9."):
         pytest.skip("torch 2.9 cannot trace ContextVar.get")
@@ -186,7 +185,7 @@ def on_two(tmp_path_factory) -> dict[str, dict[str, float]]:
 
 @slow
 @each(EVERY)
-@pytest.mark.feature("DDP without `find_unused_parameters`", *COLUMNS)
+@pytest.mark.feature("DDP without `find_unused_parameters`", "encoder", "encoder-decoder", "decoder-only", "image")
 def test_two_processes(family, on_two):
     figures = on_two[family.name]
     assert figures["missing"] == 0
@@ -222,7 +221,7 @@ def attended(out: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 @each(TEXTS)
-@pytest.mark.feature("routes do not depend on padding and batch mates", *COLUMNS[:3])
+@pytest.mark.feature("routes do not depend on padding and batch mates", "encoder", "encoder-decoder", "decoder-only")
 def test_padding_does_not_matter(family):
     """On every side, and with every kind of positions, on which it does not matter to the base."""
     model, checked = shared(family.name), set()
@@ -258,7 +257,7 @@ def prompts(family: Family) -> dict[str, Tensor]:
 
 
 @each(WRITERS)
-@pytest.mark.feature("`generate`: beams, with and without the cache", *COLUMNS[1:3])
+@pytest.mark.feature("`generate`: beams, with and without the cache", "encoder-decoder", "decoder-only")
 def test_generate(family):
     """Cached steps give what training on the same answer gives; beams with the cache what beams without it give."""
     model, batch = shared(family.name), prompts(family)
