@@ -1,4 +1,4 @@
-"""docs/architectures.md names every row of the table of sites, and prints what it says; the README's TRL example runs."""
+"""docs/architectures.md names every row of the table of sites; its example prints what it says, the README's runs."""
 
 import contextlib
 import io
@@ -39,18 +39,15 @@ def test_fine_tuning_as_the_readme_has_it(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
     from .test_trl import llama, tokenizer
 
-    code = next(
-        code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "trl" in code
-    )
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = next(code for code in examples if "trl" in code)
     assert len(code.splitlines()) <= 25
     monkeypatch.chdir(tmp_path)
     llama().save_pretrained("base")
     words = [*map(str, range(2, 17)), "plus", "is"]
     tokenizer(" ".join(words)).save_pretrained("base")
     assert '"Qwen/Qwen3-0.6B"' in code
-    exec(
-        code.replace('"Qwen/Qwen3-0.6B"', '"base"').replace("max_steps=20", "max_steps=2, use_cpu=True, report_to=[]"),
-        {},
-    )
+    code = code.replace('"Qwen/Qwen3-0.6B"', '"base"')
+    exec(code.replace("max_steps=20", "max_steps=2, use_cpu=True, report_to=[]"), {})
     assert "3 plus 4 is" in capsys.readouterr().out
     assert (tmp_path / "runs" / "sums" / "adapter_model.safetensors").is_file()
