@@ -26,8 +26,8 @@ def main(folder: Path) -> None:
     found = {}
     for family in families():
         model = routed(family.make(), expert_dropout=0.0).train()
-        for module in model.modules():  # what a batch norm of ours makes of a rank's rows is its own
-            if isinstance(module, torch.nn.BatchNorm2d):
+        for module in model.modules():  # what these make of a rank's rows is its own
+            if isinstance(module, torch.nn.BatchNorm2d) or type(module).__name__ == "DropPath":
                 module.eval()
         if family.kind == "timm":
             found[family.name] = run(model, doubled(family.batch), lambda out, _: out.square().mean(1))
