@@ -50,7 +50,9 @@ class SmearBlock(nn.Module):
         self.site = site
         self.config = config
         self.method = method
-        self.expert = BottleneckExperts(config.num_experts, site.width, site.bottleneck, config.activation)
+        self.expert = BottleneckExperts(
+            config.num_experts, site.width, site.bottleneck, config.activation, config.frozen_experts
+        )
         self.routing = method.router(site, config)
         self.norm: nn.Module | None = None
         if site.norm == "post_layer_norm":
@@ -206,8 +208,13 @@ class SmearBlock(nn.Module):
         return features + update if torch.is_grad_enabled() else update.add_(features)
 
     def to_float(self, device: torch.device | None, dtype: torch.dtype) -> SmearBlock:
-        """Move parameters to a device (None: they stay) and dtype; running statistics stay in at least float32."""
+        """Move parameters to a device (None: they stay) and dtype; running statistics stay in at least float32.
+
+        So do frozen experts, which PEFT, for which they are no parameters, would not widen.
+        """
         self.to(device=device, dtype=dtype)
+        for linear in (self.expert.down, self.expert.up):
+            linear.keep_float32()
         if isinstance(self.norm, nn.BatchNorm2d) and dtype in (torch.bfloat16, torch.float16):
             for name in ("running_mean", "running_var"):
                 setattr(self.norm, name, getattr(self.norm, name).float())

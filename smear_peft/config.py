@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from smear_peft.expert_fields import FIELDS, ExpertFields, setting
 from smear_peft.registration import extend_peft_type
 from smear_peft.routing import get_method
 
 MAX_EXPERTS = 4096
 MAX_WIDTH = 2**20  # of an expert; slots, selectors; above it a file is broken, or means harm
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: fields of ExpertFields, and files with frozen experts apart
 NEEDS = "pip install smear-peft, and `import smear_peft` before PEFT loads this adapter"
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -34,13 +35,8 @@ NON_NEGATIVE = (
 POSITIVE = ("temperature", "min_temperature")
 
 
-def _setting(help_text: str, default: Any = None, factory: Any = None) -> Any:
-    metadata = {"help": help_text}
-    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
-
-
 @dataclass
-class SmearConfig(PeftConfig):
+class SmearConfig(ExpertFields, PeftConfig):
     """How experts are routed, built and placed. Give it to `peft.get_peft_model`.
 
     The defaults are the paper's (Muqeeth et al., "Soft Merging of Experts with Adaptive Routing"), repaired where the
@@ -51,67 +47,67 @@ class SmearConfig(PeftConfig):
         TypeError: a field has the wrong type.
     """
 
-    routing: str = _setting("Name of the routing method, one of smear_peft.ROUTINGS.", "smear")
-    num_experts: int = _setting("Experts N per site, 1 to 4096 (paper: one per task or domain).", 8)
-    bottleneck_dim: int | None = _setting("Width r of an expert, in units; wins over reduction_factor.")
-    reduction_factor: int = _setting("r = site width // reduction_factor on text; r = 32 on feature maps.", 32)
-    expert_dropout: float | None = _setting(
+    routing: str = setting("Name of the routing method, one of smear_peft.ROUTINGS.", "smear")
+    num_experts: int = setting("Experts N per site, 1 to 4096 (paper: one per task or domain).", 8)
+    bottleneck_dim: int | None = setting("Width r of an expert, in units; wins over reduction_factor.")
+    reduction_factor: int = setting("r = site width // reduction_factor on text; r = 32 on feature maps.", 32)
+    expert_dropout: float | None = setting(
         "Probability that an expert is dropped for an example in training; None: 0.1 for smear and top_k, else 0 "
         "(paper, table 1). Acts on methods with a softmax router."
     )
-    activation: str = _setting("Non-linearity of an expert: " + ", ".join(CHOICES["activation"]) + ".", "silu")
-    pooling: str = _setting(
+    activation: str = setting("Non-linearity of an expert: " + ", ".join(CHOICES["activation"]) + ".", "silu")
+    pooling: str = setting(
         "Router input: masked_mean ignores padding; mean averages over it, as the authors' code.", "masked_mean"
     )
-    norm: str = _setting(
+    norm: str = setting(
         "auto: post_layer_norm on text, pre_batch_norm on feature maps (paper, section 4); or none.", "auto"
     )
-    expert_init_std: float = _setting("Standard deviation of the experts' initial weights (authors' code).", 0.01)
-    router_init_std: float = _setting("Standard deviation of the router's initial weights (authors' code).", 0.01)
-    train_layer_norms: bool | None = _setting(
+    expert_init_std: float = setting("Standard deviation of the experts' initial weights (authors' code).", 0.01)
+    router_init_std: float = setting("Standard deviation of the router's initial weights (authors' code).", 0.01)
+    train_layer_norms: bool | None = setting(
         "Train (and save) copies of the base's layer norms; None: yes where the paper does, on T5."
     )
-    target_modules: list[str] | str | None = _setting(
+    target_modules: list[str] | str | None = setting(
         "Sites: names, endings of names, a regular expression or all-linear; None: the architecture's own (list_sites)."
     )
-    exclude_modules: list[str] | str | None = _setting("Sites to leave out, written as target_modules.")
-    layers_to_transform: list[int] | int | None = _setting("Only sites in layers with these indices (as in LoRA).")
-    layers_pattern: list[str] | str | None = _setting("Name of the module list that layers_to_transform counts.")
-    modules_to_save: list[str] | None = _setting("Modules to train in full and save, such as a new head.")
-    tasks: list[str] | None = _setting(
+    exclude_modules: list[str] | str | None = setting("Sites to leave out, written as target_modules.")
+    layers_to_transform: list[int] | int | None = setting("Only sites in layers with these indices (as in LoRA).")
+    layers_pattern: list[str] | str | None = setting("Name of the module list that layers_to_transform counts.")
+    modules_to_save: list[str] | None = setting("Modules to train in full and save, such as a new head.")
+    tasks: list[str] | None = setting(
         "Names of tasks or domains; a routing tag is an index into them. None: a tag is an expert's index."
     )
-    task_to_expert: dict[str, Any] | None = _setting(
+    task_to_expert: dict[str, Any] | None = setting(
         "tag routing: {task: expert}, or {'encoder': {...}, 'decoder': {...}}. None: task i has expert i."
     )
-    placement: str = _setting(
+    placement: str = setting(
         "auto: on the input of an activation module, on the output of any other; or input, or output.", "auto"
     )
-    gate: str = _setting(
+    gate: str = setting(
         "top_k, st_gumbel: where the gate multiplies. before_norm is the authors' code, after_norm keeps the router's "
         "gradient.",
         "before_norm",
     )
-    selector_mode: str = _setting("dselect_k: mix the experts' outputs, or run the top1 expert unscaled.", "mix")
-    base_batch_norm: str = _setting(
+    selector_mode: str = setting("dselect_k: mix the experts' outputs, or run the top1 expert unscaled.", "mix")
+    base_batch_norm: str = setting(
         "frozen: the base's BatchNorms keep their running statistics in training; train (or drift): they take part in "
         "training mode and drift, as in the authors' code.",
         "frozen",
     )
-    top_k: int = _setting("top_k: experts used for an example; dselect_k: selectors.", 1)
-    temperature: float = _setting("st_gumbel: temperature at the start (authors' code).", 10.0)
-    min_temperature: float = _setting("st_gumbel: the annealing stops here (authors' code).", 0.5)
-    anneal_rate: float = _setting("st_gumbel: rate of the annealing (authors: 1e-6 on T5, 1e-4 on ResNet).", 1e-6)
-    policy_weight: float = _setting("reinforce: weight alpha of the policy term (paper, eq. 1).", 0.01)
-    entropy_weight: float = _setting("reinforce: weight beta of the entropy term (paper, eq. 1).", 5e-4)
-    value_weight: float = _setting("reinforce: weight gamma of the baseline's Huber loss (paper, eq. 1).", 0.01)
-    consistency_weight: float = _setting("adamix: weight of the consistency between two passes.", 1.0)
-    selector_loss_weight: float = _setting("dselect_k: weight of the selectors' entropy (authors' code).", 0.1)
-    balance_weight: float = _setting("Weight of Switch's load-balance term; 0 as in the paper.", 0.0)
-    slots_per_expert: int = _setting("soft_moe: slots P of an expert.", 1)
-    routing_options: dict[str, Any] = _setting("Settings of methods registered from outside.", factory=dict)
-    format_version: int = _setting("Version of the adapter's file format.", FORMAT_VERSION)
-    needs: str = _setting("For whoever opens adapter_config.json because PEFT stopped with KeyError: 'SMEAR'.", NEEDS)
+    top_k: int = setting("top_k: experts used for an example; dselect_k: selectors.", 1)
+    temperature: float = setting("st_gumbel: temperature at the start (authors' code).", 10.0)
+    min_temperature: float = setting("st_gumbel: the annealing stops here (authors' code).", 0.5)
+    anneal_rate: float = setting("st_gumbel: rate of the annealing (authors: 1e-6 on T5, 1e-4 on ResNet).", 1e-6)
+    policy_weight: float = setting("reinforce: weight alpha of the policy term (paper, eq. 1).", 0.01)
+    entropy_weight: float = setting("reinforce: weight beta of the entropy term (paper, eq. 1).", 5e-4)
+    value_weight: float = setting("reinforce: weight gamma of the baseline's Huber loss (paper, eq. 1).", 0.01)
+    consistency_weight: float = setting("adamix: weight of the consistency between two passes.", 1.0)
+    selector_loss_weight: float = setting("dselect_k: weight of the selectors' entropy (authors' code).", 0.1)
+    balance_weight: float = setting("Weight of Switch's load-balance term; 0 as in the paper.", 0.0)
+    slots_per_expert: int = setting("soft_moe: slots P of an expert.", 1)
+    routing_options: dict[str, Any] = setting("Settings of methods registered from outside.", factory=dict)
+    format_version: int = setting("Version of the file format: the lowest that can say all this.", 1)
+    needs: str = setting("For whoever opens adapter_config.json because PEFT stopped with KeyError: 'SMEAR'.", NEEDS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +135,16 @@ class SmearConfig(PeftConfig):
         self._check_types()
         self._check_values()
         self._check_tasks()
-        get_method(self.routing).check(self)
+        method = get_method(self.routing)
+        self.check_experts(self.num_experts, self.routing, method.router)
+        if self.tell_experts():
+            self.format_version = max(self.format_version, 2)
+        method.check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's; fields that version 1 does not know are left out where they say nothing, so that it reads on."""
+        fields = super().to_dict()
+        return {name: value for name, value in fields.items() if name not in FIELDS or value is not None}
 
     def _normalise(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "tasks", "layers_to_transform"):

@@ -8,14 +8,14 @@ as (B, HW, D) without a copy, and every product keeps the layout of its left ope
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smear_peft.precision import cast, without_autocast
+from smear_peft.precision import cast, widened, without_autocast
 from smear_peft.routing.mixture import Mixture, Use
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,12 +56,43 @@ class Expert(NamedTuple):
 
 
 class StackedLinear(nn.Module):
-    """N linear maps side by side: weight (N, in, out), bias (N, out) or none."""
+    """N linear maps side by side: weight (N, in, out), bias (N, out) or none.
 
-    def __init__(self, num_experts: int, inputs: int, outputs: int, bias: bool) -> None:
+    Of F frozen experts the numbers are buffers, frozen_weight (F, in, out) and frozen_bias (F, out), and the parameters
+    have N - F rows: a row of a parameter would move under weight decay and momentum, whatever its gradient.
+    """
+
+    def __init__(
+        self, num_experts: int, inputs: int, outputs: int, bias: bool, frozen: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(num_experts, outputs)) if bias else None
+        frozen = list(frozen or ())
+        self.trained = [n for n in range(num_experts) if n not in frozen]
+        self.frozen = frozen
+        self.weight = nn.Parameter(torch.empty(len(self.trained), inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(len(self.trained), outputs)) if bias else None
+        if frozen:
+            self.register_buffer("frozen_weight", torch.empty(len(frozen), inputs, outputs))
+            if bias:
+                self.register_buffer("frozen_bias", torch.empty(len(frozen), outputs))
+
+    def stacked(self, name: str) -> Tensor:
+        """All experts' "weight" or "bias" in their order, (N, ...): the parameter itself where none is frozen."""
+        own = getattr(self, name)
+        if not self.frozen:
+            return own
+        together = torch.cat([own, getattr(self, f"frozen_{name}")])
+        places = [*self.trained, *self.frozen]
+        if places == sorted(places):
+            return together
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return together.index_select(0, torch.tensor(order, device=own.device))
+
+    def keep_float32(self) -> None:
+        """Frozen numbers in at least float32: PEFT widens half-precision parameters, but no buffers."""
+        for name in ("frozen_weight", "frozen_bias"):
+            if hasattr(self, name):
+                setattr(self, name, widened(getattr(self, name)))
 
 
 class BottleneckExperts(nn.Module):
@@ -72,20 +103,25 @@ class BottleneckExperts(nn.Module):
         width: D, of the features.
         bottleneck: r, of the inner layer.
         activation: name in `ACTIVATIONS`.
+        frozen: indices of the experts that do not train.
     """
 
-    def __init__(self, num_experts: int, width: int, bottleneck: int, activation: str) -> None:
+    def __init__(
+        self, num_experts: int, width: int, bottleneck: int, activation: str, frozen: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        self.down = StackedLinear(num_experts, width, bottleneck, bias=True)
-        self.up = StackedLinear(num_experts, bottleneck, width, bias=False)
+        self.num_experts = num_experts
+        self.down = StackedLinear(num_experts, width, bottleneck, bias=True, frozen=frozen)
+        self.up = StackedLinear(num_experts, bottleneck, width, bias=False, frozen=frozen)
         self.activation = activation
 
     def reset_parameters(self, std: float) -> None:
         """Weights ~ N(0, std^2), biases 0 (authors' code): experts differ from the start, to break the symmetry."""
-        nn.init.normal_(self.down.weight, std=std)
-        nn.init.normal_(self.up.weight, std=std)
-        assert self.down.bias is not None
-        nn.init.zeros_(self.down.bias)
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if name.endswith("bias"):
+                nn.init.zeros_(tensor)
+            else:
+                nn.init.normal_(tensor, std=std)
 
     def select(self, mixture: Mixture, dtype: torch.dtype) -> Expert | None:
         """The parameters that a mixture wants run, in the features' dtype; None where several experts run apart.
@@ -160,7 +196,7 @@ class BottleneckExperts(nn.Module):
     def choose(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Expert chosen (R,) of each row on (R, L, D), grouped by expert so that no parameter is copied per row."""
         order = chosen.argsort()
-        counts = torch.bincount(chosen, minlength=self.down.weight.shape[0]).tolist()
+        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
         pieces = tokens.index_select(0, order).split(counts)
         experts = zip(*(cast(theta, tokens.dtype).unbind(0) for theta in self._stacked()), strict=True)
         act = ACTIVATIONS[self.activation]
@@ -228,14 +264,12 @@ class BottleneckExperts(nn.Module):
         Never inside a graph, where the groups' sizes would have to be known.
         """
         rows, length, width = tokens.shape
-        experts, _, bottleneck = self.down.weight.shape
+        experts, bottleneck = self.num_experts, self.down.weight.shape[2]
         saved = 2 * rows * width * (bottleneck - length)
         return saved > experts * CALLS_OF_A_GROUP and not torch.compiler.is_compiling()
 
     def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        down = self.down
-        assert down.bias is not None
-        return down.weight, down.bias, self.up.weight
+        return self.down.stacked("weight"), self.down.stacked("bias"), self.up.stacked("weight")
 
 
 def _is_channels_first(x: Tensor) -> bool:

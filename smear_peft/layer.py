@@ -191,6 +191,7 @@ class SmearLayer(SmearModule):
 KNOWN_NAMES = frozenset(
     {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "router.weight_norm.weight"}
     | {f"expert.{name}" for name in ("down.weight", "down.bias", "up.weight")}
+    | {f"expert.{name}" for name in ("down.frozen_weight", "down.frozen_bias", "up.frozen_weight")}
     | {f"baseline.{name}" for name in ("down.weight", "down.bias", "up.weight", "up.bias")}
     | {f"router.{name}" for name in ("weight", "input_norm.weight", "input_norm.bias", "weight_norm.bias")}
     | {"norm.weight", "norm.bias", "skill.weight", "dselect.z", "dselect.w", "softmoe.phi", "softmoe.scale"}

@@ -61,7 +61,7 @@ def test_broken_configurations(folder, text, named):
         ({"routing": "smeer"}, ValueError, "routing='smeer'"),
         ({"routing": "single"}, ValueError, "router"),
         ({"routing": "reinforce"}, ValueError, "missing .*baseline"),
-        ({"format_version": 2, "new_field": 1}, ValueError, "format_version=2.*newer"),
+        ({"format_version": 3, "new_field": 1}, ValueError, "format_version=3.*newer"),
         ({"expert_init_std": float("nan")}, ValueError, "expert_init_std=nan"),
         ({"task_type": "DREAM"}, ValueError, "DREAM"),
         ({"inference_mode": "yes"}, TypeError, "inference_mode"),

@@ -43,21 +43,38 @@ class Router(nn.Module):
 
     Attributes:
         reads: what of the input the router looks at: "pooled", "tokens" or "nothing".
+        expert_axes: its parameters that have something for each expert, by name, and at which dimension; None where
+            experts can be neither added nor taken away (`surgery.py`).
+        takes_shares: whether it heeds `expert_shares`, so that two copies can share an expert's weight.
     """
 
     reads: ClassVar[str] = "pooled"
+    expert_axes: ClassVar[dict[str, int] | None] = None
+    takes_shares: ClassVar[bool] = False
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__()
         self.site_name = site.name
         self.num_experts = config.num_experts
+        self.shares = config.expert_shares
 
     def forward(self, query: Query) -> Mixture:
         """The mixture for B examples."""
         raise NotImplementedError(f"{type(self).__name__} must say how it routes: define forward(query) -> Mixture.")
 
+    def mixture(self, weights: Tensor) -> Mixture:
+        """What the experts are to do at inference where the distribution is `weights` (B, N); here: merge by it."""
+        return Mixture(weights)
+
     def reset_parameters(self, config: SmearConfig) -> None:
         """Draw initial values; a router without parameters has nothing to do."""
+
+    def inherit(self, before: Router) -> None:
+        """Take over what training has set, parameters apart, from a router that this one replaces: here nothing."""
+
+    def shares_like(self, x: Tensor) -> Tensor | None:
+        """`expert_shares` (N,) on the device and in the dtype of x; None where all are 1."""
+        return None if self.shares is None else x.new_tensor(self.shares)
 
 
 def no_check(config: SmearConfig) -> None:

@@ -38,9 +38,15 @@ class FixedRouter(Router):
         """Run expert chosen (B,) of each example, with one-hot weights."""
         return Mixture(one_hot(chosen, self.num_experts, torch.float32), Use.CHOOSE, chosen)
 
+    def mixture(self, weights: Tensor) -> Mixture:
+        """Run the expert with the largest weight (B, N)."""
+        return Mixture(weights, Use.CHOOSE, weights.argmax(-1))
+
 
 class TagRouter(FixedRouter):
     """Tag: the expert of the example's task (section 2.3); tasks may share experts, per stack (`task_to_expert`)."""
+
+    expert_axes: ClassVar[dict[str, int] | None] = {}
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
@@ -86,25 +92,37 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-class AdamixRouter(FixedRouter):
+class AdamixRouter(Router):
     """AdaMix: in training a random down-projection meets a random up-projection, at inference all are averaged.
 
-    The two draws are independent, one each per example and site (section 2.4; authors' code).
+    The two draws are independent, one each per example and site (section 2.4; authors' code). With `expert_shares`
+    the draws and the average are by share.
     """
+
+    reads: ClassVar[str] = "nothing"
+    expert_axes: ClassVar[dict[str, int] | None] = {}
+    takes_shares: ClassVar[bool] = True
 
     def forward(self, query: Query) -> Mixture:
         """Chosen down (B,) and up (B,) in training; one uniform row (1, N) at inference."""
         device = query.device
+        shares = None if self.shares is None else torch.tensor(self.shares, device=device)
+        if not self.training and shares is not None:
+            return self.mixture(shares.unsqueeze(0) / shares.sum())
         if not self.training:
-            return Mixture(torch.full((1, self.num_experts), 1 / self.num_experts, device=device))
-        down = torch.randint(self.num_experts, (query.rows,), device=device)
-        up = torch.randint(self.num_experts, (query.rows,), device=device)
+            return self.mixture(torch.full((1, self.num_experts), 1 / self.num_experts, device=device))
+        if shares is not None:
+            down, up = (torch.multinomial(shares, query.rows, replacement=True) for _ in range(2))
+        else:
+            down, up = (torch.randint(self.num_experts, (query.rows,), device=device) for _ in range(2))
         halves = (one_hot(down, self.num_experts, torch.float32) + one_hot(up, self.num_experts, torch.float32)) / 2
         return Mixture(halves, Use.CHOOSE, down, chosen_up=up)
 
 
-class SingleRouter(FixedRouter):
+class SingleRouter(Router):
     """Single: one expert for all, a plain adapter (section 2.3): "1x compute", or "1x parameters" if N times wider."""
+
+    reads: ClassVar[str] = "nothing"
 
     def forward(self, query: Query) -> Mixture:
         """One row of weight 1 (1, 1)."""

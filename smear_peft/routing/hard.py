@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from smear_peft.routing.base import Query, draw
+from smear_peft.routing.base import Query, Router, draw
 from smear_peft.routing.mixture import Mixture, Policy, Use
 from smear_peft.routing.softmax import SoftmaxRouter
 
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 
 def check_top_k(config: SmearConfig) -> None:
-    """K must be between 1 and N.
+    """K must be between 1 and N, and 1 where experts have shares: the k best of copies would be copies.
 
     Raises:
         ValueError: it is not.
     """
+    if config.top_k > 1 and config.expert_shares is not None:
+        raise ValueError(
+            f"top_k={config.top_k} sums the {config.top_k} likeliest experts, and would count the copies of one expert "
+            "as several; expert_shares (split_expert, add_experts) need top_k=1."
+        )
     if not 1 <= config.top_k <= config.num_experts:
         raise ValueError(f"top_k={config.top_k} is not between 1 and num_experts={config.num_experts}.")
 
@@ -36,15 +41,27 @@ class TopKRouter(SoftmaxRouter):
     def forward(self, query: Query) -> Mixture:
         """Chosen (B,) or (B, k), gated by their probabilities."""
         assert query.pooled is not None
-        probs, _, _ = self.distribution(query.pooled)
+        return self.mixture(self.distribution(query.pooled)[0])
+
+    def mixture(self, weights: Tensor) -> Mixture:
+        """Run the k experts with the largest weights (B, N), each times its weight."""
         if self.k == 1:
-            chosen = probs.argmax(-1)
-            return Mixture(probs, Use.CHOOSE, chosen, gate=_at(probs, chosen))
-        gate, chosen = probs.topk(self.k, dim=-1)
-        return Mixture(probs, Use.CHOOSE, chosen, gate=gate)
+            gates = self.per_share(weights)
+            chosen = gates.argmax(-1)
+            return Mixture(weights, Use.CHOOSE, chosen, gate=_at(gates, chosen))
+        gate, chosen = weights.topk(self.k, dim=-1)
+        return Mixture(weights, Use.CHOOSE, chosen, gate=gate)
 
 
-class STGumbelRouter(SoftmaxRouter):
+class LikeliestRouter(SoftmaxRouter):
+    """Runs one expert, at inference the likeliest."""
+
+    def mixture(self, weights: Tensor) -> Mixture:
+        """Run the expert with the largest weight (B, N), unscaled."""
+        return Mixture(weights, Use.CHOOSE, self.per_share(weights).argmax(-1))
+
+
+class STGumbelRouter(LikeliestRouter):
     """ST-Gumbel: the argmax of softmax((logits + g) / tau); the factor 1 - sg(y) + y carries the gradient (eq. 2).
 
     Attributes:
@@ -60,13 +77,18 @@ class STGumbelRouter(SoftmaxRouter):
         assert query.pooled is not None
         probs, logits, _ = self.distribution(query.pooled)
         if not self.training:
-            return Mixture(probs, Use.CHOOSE, probs.argmax(-1))
+            return self.mixture(probs)
         uniform = draw(logits)
         gumbel = -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
         relaxed = ((logits + gumbel) / self.temperature).softmax(-1)
         chosen = relaxed.argmax(-1)
         y = _at(relaxed, chosen)
         return Mixture(probs, Use.CHOOSE, chosen, gate=1 - y.detach() + y)
+
+    def inherit(self, before: Router) -> None:
+        """Take over the temperature."""
+        assert isinstance(before, STGumbelRouter)
+        self.temperature = before.temperature
 
 
 class Baseline(nn.Module):
@@ -103,7 +125,7 @@ class Affine(nn.Module):
         return torch.addmm(self.bias.to(x.dtype), x, self.weight.to(x.dtype))
 
 
-class ReinforceRouter(SoftmaxRouter):
+class ReinforceRouter(LikeliestRouter):
     """REINFORCE: run a sampled expert, train the router by policy gradient against a learned baseline (eq. 1)."""
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
@@ -121,7 +143,7 @@ class ReinforceRouter(SoftmaxRouter):
         assert query.pooled is not None
         probs, _, v = self.distribution(query.pooled)
         if not self.training:
-            return Mixture(probs, Use.CHOOSE, probs.argmax(-1))
+            return self.mixture(probs)
         chosen = torch.multinomial(probs.detach().float(), 1).squeeze(-1)
         return Mixture(probs, Use.CHOOSE, chosen, policy=Policy(probs, chosen, self.baseline(v.detach())))
 

@@ -38,10 +38,13 @@ class SkillRouter(Router):
     """p = A[task] / sum_n A[task], A = sigmoid(logits) at inference, a relaxed Bernoulli sample in training.
 
     One sample per site and forward, shared by the batch and never made binary, as in the authors' code
-    (authors' code). The logits learn with ten times the learning rate (`smear_peft.parameter_groups`).
+    (authors' code). With `expert_shares` s, A[task]_n counts s_n times. The logits learn with ten times the learning
+    rate (`smear_peft.parameter_groups`).
     """
 
     reads: ClassVar[str] = "nothing"
+    expert_axes: ClassVar[dict[str, int] | None] = {"skill.weight": 1}
+    takes_shares: ClassVar[bool] = True
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
@@ -59,4 +62,6 @@ class SkillRouter(Router):
             uniform = draw(logits)
             logits = logits + torch.log(uniform) - torch.log(1 - uniform)
         skills = logits.sigmoid()[query.tags]
-        return Mixture(skills / (skills.sum(-1, keepdim=True) + 1e-12))
+        if (shares := self.shares_like(skills)) is not None:
+            skills = skills * shares
+        return self.mixture(skills / (skills.sum(-1, keepdim=True) + 1e-12))

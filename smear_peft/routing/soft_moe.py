@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smear_peft.precision import cast, widened
 from smear_peft.routing.base import Query, Router
@@ -28,11 +28,13 @@ class SlotParameters(nn.Module):
 class SoftMoERouter(Router):
     """logits = x^ . phi^ scale with x^, phi^ of unit length; dispatch = softmax over L, combine = softmax over N * P.
 
-    Padded positions get no dispatch weight. A decoder's later tokens would leak into earlier ones, so decoder sites are
+    Padded positions get no dispatch weight. With `expert_shares` s, combine is ~ s exp(logits). A decoder's later tokens would leak into earlier ones, so decoder sites are
     refused.
     """
 
     reads: ClassVar[str] = "tokens"
+    expert_axes: ClassVar[dict[str, int] | None] = {"softmoe.phi": 1, "softmoe.scale": 0}
+    takes_shares: ClassVar[bool] = True
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
@@ -53,7 +55,9 @@ class SoftMoERouter(Router):
         x = x / (x.norm(dim=-1, keepdim=True) + 1e-6)
         phi = phi / (phi.norm(dim=0, keepdim=True) + 1e-6) * cast(self.softmoe.scale, dtype)
         logits = x @ phi.flatten(1)  # (B, L, N * P)
-        combine = logits.softmax(-1)
+        shares = self.shares_like(logits)
+        shared = logits if shares is None else logits + shares.log().repeat_interleave(self.slots)
+        combine = shared.softmax(-1)
         per_expert = combine.unflatten(-1, (self.num_experts, self.slots)).sum(-1)  # (B, L, N)
         if query.mask is None:
             return Mixture(per_expert.mean(1), Use.SLOTS, slots=Slots(logits.softmax(1), combine))
@@ -61,3 +65,11 @@ class SoftMoERouter(Router):
         dispatch = logits.masked_fill(~kept, torch.finfo(dtype).min).softmax(1) * kept
         weights = (per_expert * kept).sum(1) / kept.sum(1).clamp(min=1)
         return Mixture(weights, Use.SLOTS, slots=Slots(dispatch, combine))
+
+    def mixture(self, weights: Tensor) -> Mixture:
+        """Refused.
+
+        Raises:
+            ValueError: always: slots are no function of weights per example.
+        """
+        raise ValueError("soft_moe gives its experts mixtures of positions; weights per example do not say which.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,12 @@ class SoftmaxRouter(Router):
     Expert dropout (paper, table 1; authors' code) acts in training: each expert of each example is dropped with
     probability q, and the rest is renormalised: p' = (p m + 1e-10) / sum(p m + 1e-10). If all are dropped, the experts
     are averaged evenly.
+
+    With `expert_shares` s the distribution is p_n ~ s_n exp(logit_n), so that copies of an expert share what it had.
     """
+
+    expert_axes: ClassVar[dict[str, int] | None] = {"router.weight": 0}
+    takes_shares: ClassVar[bool] = True
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
@@ -87,6 +92,8 @@ class SoftmaxRouter(Router):
     def distribution(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, D) -> probabilities (B, N), logits (B, N), both after expert dropout, and the normalised input (B, D)."""
         logits, v = self.router(pooled)
+        if (shares := self.shares_like(logits)) is not None:
+            logits = logits + shares.log()
         probs = logits.softmax(-1)
         if self.training and self.expert_dropout > 0:
             kept = (draw(probs) >= self.expert_dropout).to(probs.dtype)
@@ -95,6 +102,11 @@ class SoftmaxRouter(Router):
             logits = logits - 1e10 * (1 - kept)
         return probs, logits, v
 
+    def per_share(self, probs: Tensor) -> Tensor:
+        """p / share (B, N), by which methods that choose compare experts: copies of one count as it did alone."""
+        shares = self.shares_like(probs)
+        return probs if shares is None else probs / shares
+
 
 class SmearRouter(SoftmaxRouter):
     """SMEAR: merge the experts' parameters by the router's distribution (paper, section 3)."""
@@ -102,7 +114,7 @@ class SmearRouter(SoftmaxRouter):
     def forward(self, query: Query) -> Mixture:
         """Weights (B, N), to merge by."""
         assert query.pooled is not None
-        return Mixture(self.distribution(query.pooled)[0])
+        return self.mixture(self.distribution(query.pooled)[0])
 
 
 class EnsembleRouter(SoftmaxRouter):
@@ -111,4 +123,8 @@ class EnsembleRouter(SoftmaxRouter):
     def forward(self, query: Query) -> Mixture:
         """Weights (B, N), to mix outputs by."""
         assert query.pooled is not None
-        return Mixture(self.distribution(query.pooled)[0], Use.MIX)
+        return self.mixture(self.distribution(query.pooled)[0])
+
+    def mixture(self, weights: Tensor) -> Mixture:
+        """Mix all outputs by weights (B, N)."""
+        return Mixture(weights, Use.MIX)
