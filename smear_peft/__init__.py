@@ -19,6 +19,13 @@ from smear_peft.objective import auxiliary_loss, routed_loss  # noqa: E402
 from smear_peft.routing import ROUTINGS  # noqa: E402
 from smear_peft.site import Site  # noqa: E402
 from smear_peft.sites import list_sites  # noqa: E402
+from smear_peft.surgery import (  # noqa: E402
+    add_experts,
+    freeze_experts,
+    remove_experts,
+    rename_experts,
+    split_expert,
+)
 from smear_peft.telemetry import RoutingTelemetry, append_json_line  # noqa: E402
 from smear_peft.temperature import parameter_groups, set_temperature, temperature_at  # noqa: E402
 from smear_peft.trace import Trace, override_routes, trace  # noqa: E402
@@ -42,15 +49,20 @@ __all__ = [
     "SmearTrainer",
     "TemperatureCallback",
     "Trace",
+    "add_experts",
     "append_json_line",
     "auxiliary_loss",
+    "freeze_experts",
     "list_sites",
     "load",
     "override_routes",
     "parameter_groups",
     "push_to_hub",
+    "remove_experts",
+    "rename_experts",
     "routed_loss",
     "set_temperature",
+    "split_expert",
     "telemetry_first",
     "temperature_at",
     "trace",

@@ -55,9 +55,9 @@ class ExpertFields:
         names, shares, frozen = self.expert_names, self.expert_shares, self.frozen_experts
         if names is not None and (len(set(names)) < len(names) or not all(names)):
             raise ValueError(f"expert_names={names} must be different, and none may be empty.")
-        if shares is not None and not all(0 < share and math.isfinite(share) for share in shares):
+        if shares is not None and not all(share > 0 and math.isfinite(share) for share in shares):
             raise ValueError(f"expert_shares={shares} must be positive numbers.")
-        if shares is not None and not router.takes_shares:
+        if shares is not None and router.copies != "share":
             raise ValueError(f"expert_shares: routing={routing!r} has no weights that experts could share.")
         if frozen is not None and (wrong := [i for i in frozen if not 0 <= i < num_experts]):
             raise ValueError(f"frozen_experts={frozen} holds {wrong[0]}; experts go from 0 to {num_experts - 1}.")

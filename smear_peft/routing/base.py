@@ -45,12 +45,13 @@ class Router(nn.Module):
         reads: what of the input the router looks at: "pooled", "tokens" or "nothing".
         expert_axes: its parameters that have something for each expert, by name, and at which dimension; None where
             experts can be neither added nor taken away (`surgery.py`).
-        takes_shares: whether it heeds `expert_shares`, so that two copies can share an expert's weight.
+        copies: what an expert's copies do: "share" its weight by `expert_shares`, or stay "idle" until a tag names
+            them; None where a copy would change the answers.
     """
 
     reads: ClassVar[str] = "pooled"
     expert_axes: ClassVar[dict[str, int] | None] = None
-    takes_shares: ClassVar[bool] = False
+    copies: ClassVar[str | None] = None
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__()

@@ -47,6 +47,7 @@ class TagRouter(FixedRouter):
     """Tag: the expert of the example's task (section 2.3); tasks may share experts, per stack (`task_to_expert`)."""
 
     expert_axes: ClassVar[dict[str, int] | None] = {}
+    copies: ClassVar[str | None] = "idle"
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
@@ -101,20 +102,19 @@ class AdamixRouter(Router):
 
     reads: ClassVar[str] = "nothing"
     expert_axes: ClassVar[dict[str, int] | None] = {}
-    takes_shares: ClassVar[bool] = True
+    copies: ClassVar[str | None] = "share"
 
     def forward(self, query: Query) -> Mixture:
         """Chosen down (B,) and up (B,) in training; one uniform row (1, N) at inference."""
         device = query.device
-        shares = None if self.shares is None else torch.tensor(self.shares, device=device)
-        if not self.training and shares is not None:
-            return self.mixture(shares.unsqueeze(0) / shares.sum())
+        counts = self.shares or [1.0] * self.num_experts
+        shares = torch.tensor([count / sum(counts) for count in counts], device=device)
         if not self.training:
-            return self.mixture(torch.full((1, self.num_experts), 1 / self.num_experts, device=device))
-        if shares is not None:
-            down, up = (torch.multinomial(shares, query.rows, replacement=True) for _ in range(2))
-        else:
+            return self.mixture(shares.unsqueeze(0))
+        if self.shares is None:
             down, up = (torch.randint(self.num_experts, (query.rows,), device=device) for _ in range(2))
+        else:
+            down, up = (torch.multinomial(shares, query.rows, replacement=True) for _ in range(2))
         halves = (one_hot(down, self.num_experts, torch.float32) + one_hot(up, self.num_experts, torch.float32)) / 2
         return Mixture(halves, Use.CHOOSE, down, chosen_up=up)
 

@@ -44,7 +44,7 @@ class SkillRouter(Router):
 
     reads: ClassVar[str] = "nothing"
     expert_axes: ClassVar[dict[str, int] | None] = {"skill.weight": 1}
-    takes_shares: ClassVar[bool] = True
+    copies: ClassVar[str | None] = "share"
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)

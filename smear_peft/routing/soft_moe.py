@@ -28,13 +28,13 @@ class SlotParameters(nn.Module):
 class SoftMoERouter(Router):
     """logits = x^ . phi^ scale with x^, phi^ of unit length; dispatch = softmax over L, combine = softmax over N * P.
 
-    Padded positions get no dispatch weight. With `expert_shares` s, combine is ~ s exp(logits). A decoder's later tokens would leak into earlier ones, so decoder sites are
-    refused.
+    Padded positions get no dispatch weight. With `expert_shares` s combine is ~ s exp(logits). A decoder's later tokens
+    would leak into earlier ones, so decoder sites are refused.
     """
 
     reads: ClassVar[str] = "tokens"
     expert_axes: ClassVar[dict[str, int] | None] = {"softmoe.phi": 1, "softmoe.scale": 0}
-    takes_shares: ClassVar[bool] = True
+    copies: ClassVar[str | None] = "share"
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)

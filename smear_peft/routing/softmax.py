@@ -78,7 +78,7 @@ class SoftmaxRouter(Router):
     """
 
     expert_axes: ClassVar[dict[str, int] | None] = {"router.weight": 0}
-    takes_shares: ClassVar[bool] = True
+    copies: ClassVar[str | None] = "share"
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
@@ -103,7 +103,7 @@ class SoftmaxRouter(Router):
         return probs, logits, v
 
     def per_share(self, probs: Tensor) -> Tensor:
-        """p / share (B, N), by which methods that choose compare experts: copies of one count as it did alone."""
+        """Probabilities by share (B, N): methods that choose compare these, so that copies count as one did alone."""
         shares = self.shares_like(probs)
         return probs if shares is None else probs / shares
 
