@@ -10,6 +10,8 @@ from smear_peft.registration import register
 
 register()
 
+from smear_peft.cluster import Clusters, cluster_routes  # noqa: E402
+from smear_peft.collapse import Collapsed, collapse  # noqa: E402
 from smear_peft.config import SmearConfig  # noqa: E402
 from smear_peft.hub import push_to_hub  # noqa: E402
 from smear_peft.layer import SmearLayer  # noqa: E402
@@ -38,6 +40,8 @@ __version__ = importlib.metadata.version("smear-peft")
 
 __all__ = [
     "ROUTINGS",
+    "Clusters",
+    "Collapsed",
     "RoutedCollator",
     "RoutingCallback",
     "RoutingTelemetry",
@@ -52,6 +56,8 @@ __all__ = [
     "add_experts",
     "append_json_line",
     "auxiliary_loss",
+    "cluster_routes",
+    "collapse",
     "freeze_experts",
     "list_sites",
     "load",

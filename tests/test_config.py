@@ -58,7 +58,7 @@ WRONG_VALUES = [
     ("format_version", 3),
     ("expert_names", ["a"]),
     ("expert_names", ["a"] * 8),
-    ("expert_names", [""] + list("abcdefg")),
+    ("expert_names", ["", *list("abcdefg")]),
     ("expert_origins", []),
     ("expert_shares", [1.0] * 7 + [0.0]),
     ("expert_shares", [1.0] * 7 + [NAN]),

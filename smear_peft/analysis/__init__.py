@@ -7,7 +7,7 @@ plot_routing(routes, "routes.png")
 from smear_peft.analysis.compare import Similarity, Specialisation, similarity, specialisation
 from smear_peft.analysis.places import Place, group_sites, place
 from smear_peft.analysis.plot import plot_routing, plot_similarity
-from smear_peft.analysis.routes import Routes, as_tensor, mean_routes, read_routes
+from smear_peft.analysis.routes import Routes, as_tensor, example_routes, mean_routes, read_routes
 from smear_peft.analysis.worth import Worth, drop_expert, expert_worth
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Worth",
     "as_tensor",
     "drop_expert",
+    "example_routes",
     "expert_worth",
     "group_sites",
     "mean_routes",

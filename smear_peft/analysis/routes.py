@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from smear_peft.context import module_device
+from smear_peft.modes import evaluating
 from smear_peft.objective import takes_labels
 from smear_peft.sites import base_model
-from smear_peft.trace import trace
+from smear_peft.trace import Trace, trace
 
 Routes = dict[str, dict[str, list[float]]]
 """Site -> data set -> mean weight of each of the N experts; sites in forward order. What routing.json holds."""
@@ -21,7 +22,68 @@ Batch = Mapping[str, Any]
 TINY = 1e-12
 
 
-@torch.no_grad()
+def routed_batches(
+    model: nn.Module,
+    batches: Iterable[tuple[str | None, Batch]],
+    adapter: str | None = None,
+    forward: Callable[[Batch], Any] | None = None,
+) -> Iterator[tuple[str | None, Batch, Trace]]:
+    """Run a model over batches in evaluation mode; the mode in which it was returns at the end.
+
+    Args:
+        model: a model with SMEAR adapters, wrapped or not.
+        batches: (name, keyword arguments of the model); labels are left out where the model does not take them.
+        adapter: which adapter to look at; needed when several are active.
+        forward: what to do with a batch instead of `model(**batch)`.
+
+    Yields:
+        The name, the batch as it was used, on the model's device, and what the routers did.
+
+    Raises:
+        ValueError: no router ran.
+    """
+    device, labels = module_device(base_model(model)), takes_labels(model)
+    with evaluating(model):
+        for name, batch in batches:
+            moved = {key: _to(value, device) for key, value in batch.items() if labels or key != "labels"}
+            with torch.no_grad(), trace(model, adapter) as routes:
+                if forward is None:
+                    model(**moved)
+                else:
+                    forward(moved)
+            if not routes.weights:
+                raise ValueError("No router ran: the adapter is switched off, or `forward` does not call the model.")
+            yield name, moved, routes
+
+
+def example_routes(
+    model: nn.Module, batches: Iterable[Batch], adapter: str | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The route of every example, in evaluation mode.
+
+    Args:
+        model: a model with SMEAR adapters.
+        batches: keyword arguments of the model.
+        adapter: which adapter to look at; needed when several are active.
+
+    Returns:
+        Site -> (rows, N), in float64 on the CPU, and the `routing_tags` (rows,) if the batches hold any.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    found: dict[str, list[Tensor]] = {}
+    tags: list[Tensor] = []
+    for _, batch, routes in routed_batches(model, ((None, batch) for batch in batches), adapter):
+        for site, weights in routes.weights.items():
+            found.setdefault(site, []).append(weights.double().cpu())
+        if "routing_tags" in batch:
+            tags.append(torch.as_tensor(batch["routing_tags"]).cpu())
+    if not found:
+        raise ValueError("There were no batches to look at: give an iterable of dicts.")
+    return {site: torch.cat(some) for site, some in found.items()}, torch.cat(tags) if tags else None
+
+
 def mean_routes(
     model: nn.Module,
     batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
@@ -47,34 +109,19 @@ def mean_routes(
     Raises:
         ValueError: there are no batches, no router ran, or a batch does not tell of which data sets its examples are.
     """
-    device, labels = module_device(base_model(model)), takes_labels(model)
-    modes = {module: module.training for module in model.modules()}
     sums: dict[str, dict[str, Tensor]] = {}
     counts: dict[str, int] = {}
-    model.eval()
-    try:
-        for name, batch in _named(batches):
-            moved = {key: _to(value, device) for key, value in batch.items() if labels or key != "labels"}
-            with trace(model, adapter) as routes:
-                if forward is None:
-                    model(**moved)
-                else:
-                    forward(moved)
-            if datasets is None and routes.config is not None and routes.config.tasks:
-                datasets = list(routes.config.tasks)
-            if not routes.weights:
-                raise ValueError("No router ran: the adapter is switched off, or `forward` does not call the model.")
-            rows = len(next(iter(routes.weights.values())))
-            for dataset, members in _members(name, moved, rows, datasets).items():
-                counts[dataset] = counts.get(dataset, 0) + len(members)
-                for site, weights in routes.weights.items():
-                    own = weights[members.to(weights.device)].double()
-                    own /= own.sum(-1, keepdim=True).clamp_min(TINY)
-                    site_sums = sums.setdefault(site, {})
-                    site_sums[dataset] = own.sum(0).cpu() + site_sums.get(dataset, 0.0)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    for name, batch, routes in routed_batches(model, _named(batches), adapter, forward):
+        if datasets is None and routes.config is not None and routes.config.tasks:
+            datasets = list(routes.config.tasks)
+        rows = len(next(iter(routes.weights.values())))
+        for dataset, members in _members(name, batch, rows, datasets).items():
+            counts[dataset] = counts.get(dataset, 0) + len(members)
+            for site, weights in routes.weights.items():
+                own = weights[members.to(weights.device)].double()
+                own /= own.sum(-1, keepdim=True).clamp_min(TINY)
+                site_sums = sums.setdefault(site, {})
+                site_sums[dataset] = own.sum(0).cpu() + site_sums.get(dataset, 0.0)
     if not sums:
         raise ValueError("There were no batches to look at: give an iterable of dicts, or one for each data set.")
     order = [name for name in datasets or counts if name in counts] + [

@@ -1,0 +1,81 @@
+"""The plain expert that does for every input what a mixture does, as the tensors of a `single` block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from smear_peft.block import SmearBlock
+from smear_peft.experts import BottleneckExperts, Expert
+from smear_peft.routing.mixture import Mixture, Use
+
+
+def plain_tensors(block: SmearBlock, weights: Tensor, merge: bool) -> dict[str, Tensor]:
+    """The block of a plain adapter that answers as a routed one would if its distribution were always `weights`.
+
+    Methods that merge or choose give an expert as wide as theirs. A sum of K experts' outputs (ensemble, dselect_k,
+    top_k with k > 1) is one expert K times as wide. A gate goes into the up-projection, or into the norm after it.
+
+    Args:
+        block: of the routed adapter.
+        weights: (N,), in the experts' dtype or a wider one.
+        merge: average parameters by the weights instead, whatever the method does.
+
+    Returns:
+        Tensors by the names that a saved block has: `expert.*`, `norm.*`.
+
+    Raises:
+        ValueError: the method has no weights per example (soft_moe).
+    """
+    experts = block.expert
+    weights = weights.to(experts.down.weight.device).unsqueeze(0)
+    mixture = Mixture(weights) if merge else block.routing.mixture(weights)
+    index, factors, after = _parts(mixture, block.config.gate == "after_norm")
+    if mixture.use is Use.MERGE:
+        merged = experts.merged(weights)
+        plain = Expert(merged.down[0], merged.bias[0], merged.up[0])
+    else:
+        plain = _side_by_side(experts, index, factors)
+    norm = {} if block.norm is None else {name: t.detach().clone() for name, t in block.norm.state_dict().items()}
+    if after != 1 and isinstance(block.norm, nn.LayerNorm):
+        norm = {name: tensor * after for name, tensor in norm.items()}
+    elif after != 1:
+        plain = plain._replace(up=plain.up * after)
+    dtype = experts.down.weight.dtype
+    expert = {"down.weight": plain.down, "down.bias": plain.bias, "up.weight": plain.up}
+    found = {f"expert.{name}": tensor.detach().to(dtype).unsqueeze(0).clone() for name, tensor in expert.items()}
+    return found | {f"norm.{name}": tensor for name, tensor in norm.items()}
+
+
+def _parts(mixture: Mixture, gate_after_norm: bool) -> tuple[list[int], list[float], float]:
+    """Experts that run, a factor on each one's output, and one on what the norm makes of their sum."""
+    if mixture.use is Use.MIX:
+        return list(range(mixture.weights.shape[1])), mixture.weights[0].tolist(), 1.0
+    if mixture.chosen is None:
+        return [], [], 1.0
+    index = mixture.chosen.flatten().tolist()
+    gates = [1.0] * len(index) if mixture.gate is None else mixture.gate.flatten().tolist()
+    if not gate_after_norm:
+        return index, gates, 1.0
+    return index, [gate / sum(gates) for gate in gates], sum(gates)
+
+
+def _side_by_side(experts: BottleneckExperts, index: Sequence[int], factors: Sequence[float]) -> Expert:
+    """The sum of K experts, each times a factor, as one expert of width K r."""
+    chosen = experts.gathered(*[torch.tensor(index, device=experts.down.weight.device)] * 2)
+    up = chosen.up * chosen.up.new_tensor(factors)[:, None, None]
+    return Expert(chosen.down.transpose(0, 1).flatten(1), chosen.bias.flatten(), up.flatten(0, 1))
+
+
+def widened_to(tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A plain block whose expert has units that do nothing, up to `width`: zero on the way down and on the way up."""
+    down, bias, up = (tensors[f"expert.{name}"] for name in ("down.weight", "down.bias", "up.weight"))
+    more = width - bias.shape[1]
+    pad = nn.functional.pad
+    return tensors | {
+        "expert.down.weight": pad(down, (0, more)),
+        "expert.down.bias": pad(bias, (0, more)),
+        "expert.up.weight": pad(up, (0, 0, 0, more)),
+    }
