@@ -18,6 +18,7 @@ from smear_peft.layer import SmearLayer  # noqa: E402
 from smear_peft.loading import load  # noqa: E402
 from smear_peft.model import SmearModel  # noqa: E402
 from smear_peft.objective import auxiliary_loss, routed_loss  # noqa: E402
+from smear_peft.pool import pool  # noqa: E402
 from smear_peft.routing import ROUTINGS  # noqa: E402
 from smear_peft.site import Site  # noqa: E402
 from smear_peft.sites import list_sites  # noqa: E402
@@ -63,6 +64,7 @@ __all__ = [
     "load",
     "override_routes",
     "parameter_groups",
+    "pool",
     "push_to_hub",
     "remove_experts",
     "rename_experts",

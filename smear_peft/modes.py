@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -26,11 +27,12 @@ def using(model: PeftModel, adapter: str) -> Iterator[None]:
     """One adapter alone is active; afterwards those that were, and every parameter trains that did."""
     active, said = list(model.active_adapters), model.active_adapter
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    tuner: Any = model.base_model
     model.set_adapter(adapter)
     try:
         yield
     finally:
-        model.base_model.set_adapter(active)
+        tuner.set_adapter(active)
         model.active_adapter = said
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)

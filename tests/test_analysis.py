@@ -233,3 +233,13 @@ def test_nothing_to_draw_is_an_error():
         plot_routing({})
     with pytest.raises(ValueError, match=r"no site layer9; there are layer1\.0\.act2"):
         plot_routing(ROUTES, sites=["layer9"])
+
+
+def test_experts_are_shown_by_their_names():
+    figure = plot_routing(made_up(["first", "second"], ["a"], 3), experts=["cola", "rte", "a name that is quite long"])
+    shown = [
+        [label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes if axes.get_label() != "bar"
+    ]
+    assert ["cola", "rte", "a name that is quite long"] in shown
+    with pytest.raises(ValueError, match="each of 8 experts"):
+        plot_routing(made_up(["first"], ["a"]), experts=["cola"])

@@ -40,6 +40,7 @@ def plot_routing(
     sites: Sequence[str] | None = None,
     numbers: bool | None = None,
     columns: int = MOST_COLUMNS,
+    experts: Sequence[str] | None = None,
 ) -> Figure:
     """Mean routing weights as the paper's figures 3 to 7: one panel a site, data sets down, experts across.
 
@@ -53,6 +54,7 @@ def plot_routing(
         sites: which to draw, in their order; default: all.
         numbers: write each weight into its cell; default: where there are few panels.
         columns: most panels side by side; fewer where they would be too wide for a page.
+        experts: their names (`SmearConfig.expert_names`), to stand below the columns; None: numbers.
 
     Returns:
         The figure; each panel's `images[0]` holds the weights, its label (`get_label()`) is the site.
@@ -70,19 +72,23 @@ def plot_routing(
         raise ValueError(f"There is no site {missing[0]}; there are {', '.join(routes)}.")
     weights = {site: as_tensor(routes, site).numpy() for site in chosen}
     names = [_short(name) for name in routes[chosen[0]]]
-    experts = max(some.shape[1] for some in weights.values())
+    count = max(some.shape[1] for some in weights.values())
+    if experts is not None and len(experts) != count:
+        raise ValueError(f"experts={list(experts)} must name each of {count} experts.")
+    labels = None if experts is None else [_short(name) for name in experts]
     numbers = len(chosen) <= FEW_PANELS if numbers is None else numbers
     cell_width, cell_height = (WIDE_CELL, 0.22) if numbers else (CELL, CELL)
-    panel = max(cell_width * experts, 0.7), max(cell_height * len(names), 0.45)
+    panel = max(cell_width * count, 0.7), max(cell_height * len(names), 0.45)
     left = 0.6 + LETTER * max(map(len, names))
     bands = lay_out(chosen, max(1, min(columns, int((WIDEST - left - BAR) / (panel[0] + GAP)))))
     across = max(len(row) for band in bands for _, row in band.rows)
     width = left + across * (panel[0] + GAP) + BAR
-    down = sum(BAND_GAP + len(band.rows) * (panel[1] + GAP + 0.16) for band in bands)
+    below = 0.0 if labels is None else LETTER * max(map(len, labels))  # names stand upright, under each band
+    down = sum(BAND_GAP + len(band.rows) * (panel[1] + GAP + 0.16) + below for band in bands)
     height = (TITLE if title else 0.1) + down + 0.45
     figure = figure_of(figsize=(max(width, 0.085 * len(title) + 0.5), height), dpi=130)
     # An even share is never dark: routes that are all but even look it.
-    top = max(min(1.0, 2 / experts), *(float(some.max()) for some in weights.values()))
+    top = max(min(1.0, 2 / count), *(float(some.max()) for some in weights.values()))
     y = height - (TITLE if title else 0.1)
     for band in bands:
         y -= BAND_GAP
@@ -103,16 +109,17 @@ def plot_routing(
                 axes = figure.add_axes(box, label=site)
                 _panel(axes, weights[site], names if first else None, top, numbers)
                 axes.set_title(_block_label(site, label), fontsize=7, color=QUIET, pad=2)
-                _experts(axes, weights[site].shape[1], site == _lowest(band, column), numbers)
+                _experts(axes, weights[site].shape[1], site == _lowest(band, column), numbers, labels)
                 if first and label:
                     axes.text(0.12 / figure.get_figwidth(), (y + GAP + panel[1] / 2) / height, label, rotation=90,
                               va="center", ha="left", fontsize=8, color=INK, transform=figure.transFigure)  # fmt: skip
                 first = False
+        y -= below
     if title:
         figure.suptitle(title, fontsize=12, x=0.1 / figure.get_figwidth(), ha="left", y=1 - 0.18 / height, va="top")
     figure.text((left + across * (panel[0] + GAP) / 2) / figure.get_figwidth(), 0.12 / height, "expert",
                 ha="center", fontsize=9, color=INK)  # fmt: skip
-    _bar(figure, left + across * (panel[0] + GAP) + 0.12, height, top, experts)
+    _bar(figure, left + across * (panel[0] + GAP) + 0.12, height, top, count)
     _save(figure, path)
     return figure
 
@@ -185,8 +192,11 @@ def _panel(axes: Axes, weights: Any, names: list[str] | None, top: float, number
                 )
 
 
-def _experts(axes: Axes, count: int, labelled: bool, numbers: bool) -> None:
-    """Experts are numbered from 0, as they are in the code; every other one where there is little room."""
+def _experts(axes: Axes, count: int, labelled: bool, numbers: bool, names: list[str] | None) -> None:
+    """Experts have names, or are numbered from 0, as in the code; every other one where there is little room."""
+    if names is not None:
+        axes.set_xticks(range(count), names if labelled else [""] * count, fontsize=6.5, color=QUIET, rotation=90)
+        return
     step = 1 if numbers or count <= 4 else 2 if count <= 8 else max(1, count // 4)
     ticks = range(0, count, step)
     axes.set_xticks(ticks, [str(n) for n in ticks] if labelled else [""] * len(ticks), fontsize=6.5, color=QUIET)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from smear_peft.cards.experts import experts_table
 from smear_peft.cards.heatmap import HEATMAP, draw_routes
 from smear_peft.cards.metadata import METHOD_TAGS, check_card, metadata_of
 from smear_peft.cards.runs import ADAPTER, Run, read_run
 from smear_peft.cards.snippets import loading_lines, using_lines
 from smear_peft.cards.text import CITATION, INSTALL, body_of
 from smear_peft.config import SmearConfig
+from smear_peft.expert_fields import FIELDS
 
 __all__ = [
     "adapter_card",
@@ -100,6 +102,7 @@ def adapter_card(
     place = f'"{repo_id}", revision="{revision}"' if revision else f'"{repo_id}"'
     base = f"`{base_model}`" if base_model else "its base, which is on no Hub,"
     settings = [f"| `{name}` | {value} |" for name, value in _set(config).items()]
+    experts = experts_table(config)
     text = f"""# {repo_id.rpartition("/")[2]}
 
 > **Needs smear_peft.** PEFT does not know this adapter's type by itself: install the package `smear-peft` and
@@ -124,7 +127,7 @@ model = smear_peft.load(base, {place})  # base: the model that it was trained on
 | | |
 | --- | ---: |
 {chr(10).join(settings)}
-
+{f"{chr(10)}{experts}{chr(10)}" if experts else ""}
 ## Citation
 
 ```bibtex
@@ -167,7 +170,7 @@ def base_card(repo_id: str, adapter: str, library: str, task: str | None) -> str
 def _set(config: SmearConfig) -> dict[str, object]:
     """The fields that are not as SmearConfig would have them."""
     default = SmearConfig()
-    hidden = ("base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping", "revision")
+    hidden = ("base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping", "revision", *FIELDS)
     found = {name: value for name, value in vars(config).items() if name not in hidden}
     return {"routing": config.routing} | {n: v for n, v in found.items() if v != getattr(default, n, None)}
 

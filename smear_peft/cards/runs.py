@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+
+from smear_peft.adapter_file import read_config
+from smear_peft.config import SmearConfig
 
 FIGURES = "metrics.json"
 SETTINGS = "config.yaml"
@@ -48,6 +51,11 @@ class Run:
     folder: Path
     config: dict[str, Any]
     metrics: dict[str, Any]
+
+    def adapter_config(self) -> SmearConfig | None:
+        """The adapter's configuration; None for a run without one."""
+        file = self.folder / ADAPTER / CONFIG_NAME
+        return read_config(file) if file.is_file() else None
 
     @property
     def kind(self) -> str:

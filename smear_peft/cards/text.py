@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from smear_peft.cards.data_sets import BASES, data_set_of, terms_of
+from smear_peft.cards.experts import experts_table
 from smear_peft.cards.runs import IMAGES, Number, Run, mean_and_deviation
 from smear_peft.cards.snippets import loading_lines, using_lines
 from smear_peft.routing import ROUTINGS, get_method
@@ -68,6 +69,7 @@ def body_of(
         f"## Results\n\n{_results(runs, title, controls)}",
         f"## Routes\n\n{_routes(run, heatmap)}" if heatmap else "",
         f"## Training\n\n{_data(run)}\n\n{_settings(run)}",
+        experts_table(run.adapter_config()),
         f"## Limits\n\n{_list(_limits(runs))}",
         f"## Licences\n\n{terms_of(run)}",
         f"## Citation\n\n{_citation(run)}",
