@@ -108,7 +108,7 @@ def pool(
             base.add_adapter(adapter_name, config)
             model = base
         else:
-            model = get_peft_model(base, config, adapter_name=adapter_name)  # type: ignore[assignment]
+            model = get_peft_model(base, config, adapter_name=adapter_name)
         state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         set_peft_model_state_dict(model, {**state, **tensors}, adapter_name=adapter_name)
         if not train_experts:
