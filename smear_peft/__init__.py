@@ -16,6 +16,7 @@ from smear_peft.config import SmearConfig  # noqa: E402
 from smear_peft.hub import push_to_hub  # noqa: E402
 from smear_peft.layer import SmearLayer  # noqa: E402
 from smear_peft.loading import load  # noqa: E402
+from smear_peft.lora import save_lora  # noqa: E402
 from smear_peft.model import SmearModel  # noqa: E402
 from smear_peft.objective import auxiliary_loss, routed_loss  # noqa: E402
 from smear_peft.pool import pool  # noqa: E402
@@ -69,6 +70,7 @@ __all__ = [
     "remove_experts",
     "rename_experts",
     "routed_loss",
+    "save_lora",
     "set_temperature",
     "split_expert",
     "telemetry_first",

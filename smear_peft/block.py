@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from smear_peft.context import RoutingContext, check_mask, pool
 from smear_peft.experts import BottleneckExperts, Expert
+from smear_peft.lora_experts import LoraExperts
 from smear_peft.precision import cast, without_autocast
 from smear_peft.prompt import missing
 from smear_peft.routing import Mixture, Query, Use, get_method
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EPS = 1e-5
 MOMENTUM = 0.1
+EXPERTS: dict[str, type[BottleneckExperts]] = {"bottleneck": BottleneckExperts, "lora": LoraExperts}
 
 
 class SmearBlock(nn.Module):
@@ -50,9 +52,7 @@ class SmearBlock(nn.Module):
         self.site = site
         self.config = config
         self.method = method
-        self.expert = BottleneckExperts(
-            config.num_experts, site.width, site.bottleneck, config.activation, config.frozen_experts
-        )
+        self.expert = EXPERTS[config.expert_type].at(site, config)
         self.routing = method.router(site, config)
         self.norm: nn.Module | None = None
         if site.norm == "post_layer_norm":
@@ -73,6 +73,7 @@ class SmearBlock(nn.Module):
         features: Tensor,
         context: RoutingContext,
         override: Callable[[str, Tensor], Tensor] | None = None,
+        source: Tensor | None = None,
     ) -> tuple[Tensor, Mixture | None, Tensor | None]:
         """Features (B, L, D), (B, D), (B, H, W, D) or (B, D, H, W) -> the same shape, dtype and memory format.
 
@@ -80,6 +81,7 @@ class SmearBlock(nn.Module):
             features: the site's input or output.
             context: of the running forward.
             override: replaces the weights (`override_routes`).
+            source: what the experts read, where that is not the features: the input of a "parallel" site's layer.
 
         Returns:
             The new features, the mixture, and the router's input (B, D). Both are None for a step that reuses what an
@@ -90,9 +92,10 @@ class SmearBlock(nn.Module):
                 state and runs outside of its model.
         """
         tokens = self._tokens(self._normalised(features, context.recomputed), context.text)
+        read = tokens if source is None else self._tokens(source, context.text)
         generation = context.generation if self.site.router_input != "own output" else None
         if generation is not None and (plan := generation.recall(self)) is not None:
-            return self._added(self._update(tokens, *plan), features), None, None
+            return self._added(self._update(read, *plan), features), None, None
         sequence = features.ndim == 3 or tokens.shape[:2] == context.text
         own = self.site.router_input != "encoder state" and not self.site.feature_map
         mask = context.mask if sequence and own else None
@@ -100,9 +103,9 @@ class SmearBlock(nn.Module):
         mixture, seen = self._route(tokens, rows, mask, context, override)
         expert = None
         if generation is not None:
-            expert = self.expert.select(mixture, tokens.dtype)
+            expert = self.expert.select(mixture, read.dtype)
             generation.keep(self, mixture, expert)
-        out = self._added(self._update(tokens, mixture, expert), features)
+        out = self._added(self._update(read, mixture, expert), features)
         return out, mixture.for_rows(rows) if context.traces else mixture, seen
 
     def _route(
@@ -167,7 +170,7 @@ class SmearBlock(nn.Module):
             update = F.layer_norm(update, norm.normalized_shape, weight, bias, EPS)
         if gate is not None and after:
             update = update * cast(gate, update.dtype)[:, None, None]
-        return update.reshape(batch, length, width) if joined else update
+        return update.reshape(batch, length, update.shape[-1]) if joined else update
 
     def _normalised(self, features: Tensor, recomputed: bool) -> Tensor:
         norm = self.norm

@@ -161,7 +161,7 @@ def put_plain(
     """
     blocks, config = blocks_of(model, adapter), config_of(model, adapter)
     plain = {site: plain_tensors(block, weights[site], merge) for site, block in blocks.items()}
-    widths = {site: tensors["expert.down.bias"].shape[1] for site, tensors in plain.items()}
+    widths = {site: tensors["expert.up.weight"].shape[1] for site, tensors in plain.items()}
     wide = any(widths[site] != block.site.bottleneck for site, block in blocks.items())
     width = max(widths.values())
     if wide:

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from smear_peft.expert_fields import FIELDS, ExpertFields, setting
+from smear_peft.expert_fields import SINCE_2, ExpertFields, setting
 from smear_peft.registration import extend_peft_type
 from smear_peft.routing import get_method
 
@@ -137,14 +137,15 @@ class SmearConfig(ExpertFields, PeftConfig):
         self._check_tasks()
         method = get_method(self.routing)
         self.check_experts(self.num_experts, self.routing, method.router)
-        if self.tell_experts():
+        self.check_kind(self.norm, self.placement)
+        if not all(map(self.is_plain, SINCE_2)):
             self.format_version = max(self.format_version, 2)
         method.check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; fields that version 1 does not know are left out where they say nothing, so that it reads on."""
         fields = super().to_dict()
-        return {name: value for name, value in fields.items() if name not in FIELDS or value is not None}
+        return {name: value for name, value in fields.items() if name not in SINCE_2 or not self.is_plain(name)}
 
     def _normalise(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "tasks", "layers_to_transform"):

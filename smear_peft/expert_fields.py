@@ -1,4 +1,4 @@
-"""What a configuration says of its experts one by one: names, where they come from, shares, which are frozen."""
+"""What a configuration says of its experts: their kind, and one by one names, origins, shares, which are frozen."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ def setting(help_text: str, default: Any = None, factory: Any = None) -> Any:
 
 @dataclass
 class ExpertFields:
-    """The fields of `SmearConfig` with an entry for each expert; all may be None, and mostly are."""
+    """The fields of `SmearConfig` that version 1 of the format does not know: kind of expert, and lists by expert."""
 
+    expert_type: str = setting(
+        "bottleneck: adapters (paper); lora: LoRA pairs on linear layers, which have no norm and no activation.",
+        "bottleneck",
+    )
+    lora_merge: str = setting(
+        "lora: factors merges A and B apart, as SMEAR merges parameters; products averages A B, without cross terms.",
+        "factors",
+    )
     expert_names: list[str] | None = setting("Names of the experts, for people and for surgery; None: their indices.")
     expert_origins: list[str] | None = setting("Where each expert comes from, in words; pools and surgery fill it.")
     expert_shares: list[float] | None = setting(
@@ -32,6 +40,25 @@ class ExpertFields:
     def tell_experts(self) -> bool:
         """Whether any of these fields says something."""
         return any(getattr(self, name) is not None for name in FIELDS)
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a field of this class says nothing that version 1 would not mean."""
+        return getattr(self, name) == type(self).__dataclass_fields__[name].default
+
+    def check_kind(self, norm: str, placement: str) -> None:
+        """Check the kind of expert, and what LoRA pairs cannot have.
+
+        Raises:
+            ValueError: it is unknown, or does not go with the norm or the placement.
+        """
+        for name, choices in (("expert_type", ("bottleneck", "lora")), ("lora_merge", ("factors", "products"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; possible: {', '.join(choices)}.")
+        if self.expert_type == "lora" and (norm not in ("auto", "none") or placement != "auto"):
+            raise ValueError(
+                f"expert_type='lora' has no norm, and its place is beside its layer: leave norm={norm!r} and "
+                f"placement={placement!r} at 'auto'."
+            )
 
     def check_experts(self, num_experts: int, routing: str, router: type[Router]) -> None:
         """Check these fields, and bring `frozen_experts` into order.
@@ -69,4 +96,5 @@ class ExpertFields:
         return list(self.expert_names or map(str, range(num_experts)))
 
 
-FIELDS = tuple(ExpertFields.__dataclass_fields__)
+FIELDS = ("expert_names", "expert_origins", "expert_shares", "frozen_experts")
+SINCE_2 = tuple(ExpertFields.__dataclass_fields__)

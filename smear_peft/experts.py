@@ -9,14 +9,19 @@ as (B, HW, D) without a copy, and every product keeps the layout of its left ope
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smear_peft.precision import cast, widened, without_autocast
+from smear_peft.precision import cast, without_autocast
 from smear_peft.routing.mixture import Mixture, Use
+from smear_peft.stacked import StackedLinear
+
+if TYPE_CHECKING:
+    from smear_peft.config import SmearConfig
+    from smear_peft.site import Site
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -55,46 +60,6 @@ class Expert(NamedTuple):
         return Expert(self.down.to(dtype), self.bias.to(dtype), self.up.to(dtype))
 
 
-class StackedLinear(nn.Module):
-    """N linear maps side by side: weight (N, in, out), bias (N, out) or none.
-
-    Of F frozen experts the numbers are buffers, frozen_weight (F, in, out) and frozen_bias (F, out), and the parameters
-    have N - F rows: a row of a parameter would move under weight decay and momentum, whatever its gradient.
-    """
-
-    def __init__(
-        self, num_experts: int, inputs: int, outputs: int, bias: bool, frozen: Sequence[int] | None = None
-    ) -> None:
-        super().__init__()
-        frozen = list(frozen or ())
-        self.trained = [n for n in range(num_experts) if n not in frozen]
-        self.frozen = frozen
-        self.weight = nn.Parameter(torch.empty(len(self.trained), inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(len(self.trained), outputs)) if bias else None
-        if frozen:
-            self.register_buffer("frozen_weight", torch.empty(len(frozen), inputs, outputs))
-            if bias:
-                self.register_buffer("frozen_bias", torch.empty(len(frozen), outputs))
-
-    def stacked(self, name: str) -> Tensor:
-        """All experts' "weight" or "bias" in their order, (N, ...): the parameter itself where none is frozen."""
-        own = getattr(self, name)
-        if not self.frozen:
-            return own
-        together = torch.cat([own, getattr(self, f"frozen_{name}")])
-        places = [*self.trained, *self.frozen]
-        if places == sorted(places):
-            return together
-        order = sorted(range(len(places)), key=places.__getitem__)
-        return together.index_select(0, torch.tensor(order, device=own.device))
-
-    def keep_float32(self) -> None:
-        """Frozen numbers in at least float32: PEFT widens half-precision parameters, but no buffers."""
-        for name in ("frozen_weight", "frozen_bias"):
-            if hasattr(self, name):
-                setattr(self, name, widened(getattr(self, name)))
-
-
 class BottleneckExperts(nn.Module):
     """N bottleneck adapters that share a site (paper, section 4; Houlsby et al., 2019).
 
@@ -104,16 +69,35 @@ class BottleneckExperts(nn.Module):
         bottleneck: r, of the inner layer.
         activation: name in `ACTIVATIONS`.
         frozen: indices of the experts that do not train.
+        inputs: width of what the experts read; default: D.
+        bias: whether there is one after the way down.
+
+    Attributes:
+        sums_outputs: whether a merge by weights is the average of the experts' outputs.
     """
 
+    sums_outputs = False
+
     def __init__(
-        self, num_experts: int, width: int, bottleneck: int, activation: str, frozen: Sequence[int] | None = None
+        self,
+        num_experts: int,
+        width: int,
+        bottleneck: int,
+        activation: str,
+        frozen: Sequence[int] | None = None,
+        inputs: int | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.down = StackedLinear(num_experts, width, bottleneck, bias=True, frozen=frozen)
+        self.down = StackedLinear(num_experts, inputs or width, bottleneck, bias=bias, frozen=frozen)
         self.up = StackedLinear(num_experts, bottleneck, width, bias=False, frozen=frozen)
         self.activation = activation
+
+    @classmethod
+    def at(cls, site: Site, config: SmearConfig) -> BottleneckExperts:
+        """The experts of a site."""
+        return cls(config.num_experts, site.width, site.bottleneck, config.activation, config.frozen_experts)
 
     def reset_parameters(self, std: float) -> None:
         """Weights ~ N(0, std^2), biases 0 (authors' code): experts differ from the start, to break the symmetry."""
@@ -163,7 +147,7 @@ class BottleneckExperts(nn.Module):
         down, bias, up = expert.down[0], expert.bias[0], expert.up[0]
         if _is_channels_first(tokens):
             return _shared(act(_shared(tokens, down, bias)), up)
-        return (act(torch.addmm(bias, tokens.flatten(0, 1), down)) @ up).view(tokens.shape)
+        return (act(torch.addmm(bias, tokens.flatten(0, 1), down)) @ up).unflatten(0, tokens.shape[:2])
 
     def mix(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """Outputs of all experts on (R, L, D), averaged by weights (R, N): two products of width N r, nothing wider."""
@@ -269,7 +253,9 @@ class BottleneckExperts(nn.Module):
         return saved > experts * CALLS_OF_A_GROUP and not torch.compiler.is_compiling()
 
     def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.down.stacked("weight"), self.down.stacked("bias"), self.up.stacked("weight")
+        down = self.down.stacked("weight")
+        bias = down.new_zeros(down.shape[0], down.shape[2]) if self.down.bias is None else self.down.stacked("bias")
+        return down, bias, self.up.stacked("weight")
 
 
 def _is_channels_first(x: Tensor) -> bool:

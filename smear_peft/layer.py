@@ -106,20 +106,22 @@ class SmearLayer(SmearModule):
             if name in before:
                 continue
             if isinstance(out, tuple):
-                out = (self._route(name, out[0], context), *out[1:])
+                out = (self._route(name, out[0], context, x), *out[1:])
             else:
-                out = self._route(name, out, context)
+                out = self._route(name, out, context, x)
         return out
 
-    def _route(self, name: str, features: Tensor, context: RoutingContext) -> Tensor:
+    def _route(self, name: str, features: Tensor, context: RoutingContext, given: Tensor | None = None) -> Tensor:
         block = self.block(name)
         if context.grad and block.training and not torch.is_grad_enabled():
             refuse_lost_terms(block)
         inputs, rows = features, None
+        source = given if block.site.placement == "parallel" else None
         if context.mixed is not None:
             rows = context.mixed.rows_of(name, features)
             inputs, context = features.index_select(0, rows), context.mixed.part(context, name)
-        out, mixture, seen = block(inputs, context, self._override(context))
+            source = None if source is None else source.index_select(0, rows)
+        out, mixture, seen = block(inputs, context, self._override(context), source)
         if mixture is not None:
             for trace in context.traces:
                 trace.add(self, name, block, mixture, seen)

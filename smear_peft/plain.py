@@ -16,7 +16,8 @@ def plain_tensors(block: SmearBlock, weights: Tensor, merge: bool) -> dict[str, 
     """The block of a plain adapter that answers as a routed one would if its distribution were always `weights`.
 
     Methods that merge or choose give an expert as wide as theirs. A sum of K experts' outputs (ensemble, dselect_k,
-    top_k with k > 1) is one expert K times as wide. A gate goes into the up-projection, or into the norm after it.
+    top_k with k > 1, merged products of LoRA pairs) is one expert K times as wide. A gate goes into the up-projection,
+    or into the norm after it.
 
     Args:
         block: of the routed adapter.
@@ -32,6 +33,8 @@ def plain_tensors(block: SmearBlock, weights: Tensor, merge: bool) -> dict[str, 
     experts = block.expert
     weights = weights.to(experts.down.weight.device).unsqueeze(0)
     mixture = Mixture(weights) if merge else block.routing.mixture(weights)
+    if experts.sums_outputs and mixture.use is Use.MERGE:
+        mixture = Mixture(weights, Use.MIX)
     index, factors, after = _parts(mixture, block.config.gate == "after_norm")
     if mixture.use is Use.MERGE:
         merged = experts.merged(weights)
@@ -44,7 +47,9 @@ def plain_tensors(block: SmearBlock, weights: Tensor, merge: bool) -> dict[str, 
     elif after != 1:
         plain = plain._replace(up=plain.up * after)
     dtype = experts.down.weight.dtype
-    expert = {"down.weight": plain.down, "down.bias": plain.bias, "up.weight": plain.up}
+    expert = {"down.weight": plain.down, "up.weight": plain.up}
+    if experts.down.bias is not None:
+        expert["down.bias"] = plain.bias
     found = {f"expert.{name}": tensor.detach().to(dtype).unsqueeze(0).clone() for name, tensor in expert.items()}
     return found | {f"norm.{name}": tensor for name, tensor in norm.items()}
 
@@ -71,11 +76,6 @@ def _side_by_side(experts: BottleneckExperts, index: Sequence[int], factors: Seq
 
 def widened_to(tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
     """A plain block whose expert has units that do nothing, up to `width`: zero on the way down and on the way up."""
-    down, bias, up = (tensors[f"expert.{name}"] for name in ("down.weight", "down.bias", "up.weight"))
-    more = width - bias.shape[1]
-    pad = nn.functional.pad
-    return tensors | {
-        "expert.down.weight": pad(down, (0, more)),
-        "expert.down.bias": pad(bias, (0, more)),
-        "expert.up.weight": pad(up, (0, 0, 0, more)),
-    }
+    more = width - tensors["expert.up.weight"].shape[1]
+    where = {"expert.down.weight": (0, more), "expert.down.bias": (0, more), "expert.up.weight": (0, 0, 0, more)}
+    return tensors | {n: nn.functional.pad(tensors[n], pad) for n, pad in where.items() if n in tensors}

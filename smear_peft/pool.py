@@ -18,6 +18,7 @@ from smear_peft.adapter_file import check_tensors, find, read_config
 from smear_peft.block import EPS
 from smear_peft.config import SmearConfig
 from smear_peft.loading import expected_tensors, untouched_on_failure
+from smear_peft.lora import is_lora, read_lora
 from smear_peft.routing import get_method
 from smear_peft.surgery import freeze_experts
 
@@ -25,7 +26,7 @@ Source = str | Path
 Tensors = dict[str, Tensor]
 ALIKE = (
     "activation", "norm", "placement", "base_batch_norm", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "modules_to_save", "train_layer_norms", "task_type",
+    "layers_pattern", "modules_to_save", "train_layer_norms", "task_type", "expert_type",
 )  # fmt: skip
 """Fields in which all adapters of a pool must agree, beside the shapes of their tensors."""
 SIZES = ("bottleneck_dim", "reduction_factor")
@@ -48,7 +49,7 @@ def pool(
     adapter_name: str = "default",
     **fields: Any,
 ) -> PeftModel:
-    """Make a routed adapter whose experts are plain (`single`) adapters, from folders or from the Hub.
+    """Make a routed adapter whose experts are plain adapters, from folders or from the Hub: `single` ones, or LoRA's.
 
     ```python
     model = smear_peft.pool(base, {"art": "runs/art/adapter", "photo": "user/photo"}, train_experts=False)
@@ -57,7 +58,7 @@ def pool(
     The router starts fresh; with `train_experts=False` it and the norms train alone. Experts share one norm: where it
     is a BatchNorm before them, its differences are folded into each one, so that expert n alone does at inference what
     adapter n did, to rounding. Norms after them, trained layer norms of the base and heads are averaged where they
-    differ, with a warning.
+    differ, with a warning. Adapters of PEFT's own LoRA give LoRA pairs (`lora_merge` says how they are merged).
 
     Args:
         base: the base model. A `PeftModel` gains one more adapter; `set_adapter` makes it the active one.
@@ -118,17 +119,20 @@ def pool(
 
 def _read(root: nn.Module, place: Source) -> Plain:
     folder = find(place, None, None)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    with file.open("rb") as stream:
+        origin = f"{_public(place, folder)}, sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    if is_lora(folder):
+        config, tensors = read_lora(folder, expected_of=lambda found: expected_tensors(root, found, folder)[0])
+        return Plain(config, tensors, f"LoRA: {origin}")
     config = read_config(folder / CONFIG_NAME)
     if config.num_experts != 1:
         raise ValueError(
             f"{place} has {config.num_experts} experts (routing={config.routing!r}); a pool is of plain adapters, "
             "routing='single'. smear_peft.collapse makes one of a routed adapter."
         )
-    file = folder / SAFETENSORS_WEIGHTS_NAME
     check_tensors(file, *expected_tensors(root, config, folder))
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Plain(config, load_file(file), f"{_public(place, folder)}, sha256 {digest}")
+    return Plain(config, load_file(file), origin)
 
 
 def _public(place: Source, folder: Path) -> str:

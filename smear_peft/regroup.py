@@ -144,7 +144,7 @@ def _part(site: str, block: SmearBlock, config: SmearConfig, order: list[int], e
         new = SmearBlock(replace(block.site), config)
     count = block.expert.num_experts
     old = {f"routing.{name}": p.detach() for name, p in block.routing.named_parameters() if name in axes}
-    for part in ("down.weight", "down.bias", "up.weight"):
+    for part, _ in block.expert.named_parameters():
         half, _, kind = part.partition(".")
         old[f"expert.{part}"] = getattr(block.expert, half).stacked(kind).detach()
     where = {name: axes.get(name.removeprefix("routing."), 0) for name in old}

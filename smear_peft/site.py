@@ -14,13 +14,14 @@ class Site:
         module_type: class name of the wrapped module.
         width: D, channels of the features that the block sees.
         feature_map: whether the channels are at dimension 1, as in (B, D, L) or (B, D, H, W), and not last.
-        placement: "input" or "output" of the wrapped module.
+        placement: "input" or "output" of the wrapped module; "parallel": experts read one, add to the other.
         norm: "post_layer_norm", "pre_batch_norm" or "none".
         stack: "encoder" or "decoder" of an encoder-decoder model, None in any other.
         router_input: "own output"; "encoder state" in a decoder with an encoder; "prompt" in one without: the own
             output at the prompt's positions.
         bottleneck: r, width of one expert.
         parameters: number of trainable parameters of the block.
+        inputs: width of what the experts read, where that is not D.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Site:
     router_input: str
     bottleneck: int
     parameters: int = 0
+    inputs: int | None = None
 
 
 class Sites(list[Site]):

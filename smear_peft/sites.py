@@ -96,7 +96,7 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         config.target_modules = _shortest(_all_linear(modules, config), modules, config)
     if config.train_layer_norms is None:
-        config.train_layer_norms = bool(layer_norm_names(modules))
+        config.train_layer_norms = config.expert_type != "lora" and bool(layer_norm_names(modules))
     if config.task_type in LATE_HEADS:
         wanted = [*(config.modules_to_save or ()), *LATE_HEADS[config.task_type]]
         config.modules_to_save = list(dict.fromkeys(wanted))
@@ -195,6 +195,11 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
     module = modules[name]
     width, feature_map = width_of(name, module, modules)
     norm = config.norm
+    lora = config.expert_type == "lora"
+    if lora and not isinstance(module, nn.Linear):
+        raise ValueError(f"expert_type='lora' needs linear layers, but {name} is a {type(module).__name__}.")
+    if norm == "auto" and lora:
+        norm = "none"
     if norm == "auto":
         norm = "pre_batch_norm" if feature_map else "post_layer_norm"
     if norm == "pre_batch_norm" and not feature_map:
@@ -202,7 +207,9 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
             f"norm='pre_batch_norm' needs feature maps (B, D, H, W), but {name} is a {type(module).__name__}."
         )
     placement = config.placement
-    if placement == "auto":
+    if lora:
+        placement = "parallel"
+    elif placement == "auto":
         placement = "input" if is_activation(module) else "output"
     if stacks.causal:
         _check_causal(name, config)
@@ -223,6 +230,7 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
         stack=stack,
         router_input="prompt" if stacks.causal else "encoder state" if stack == "decoder" else "own output",
         bottleneck=bottleneck,
+        inputs=module.in_features if lora else None,  # type: ignore[arg-type]
     )
     return _with_parameters(site, config)
 

@@ -162,10 +162,10 @@ def _copied(model: nn.Module, config: SmearConfig, sources: list[str], count: in
     blocks = {name: blocks_of(model, the_adapter(model, name)) for name in sources}
     for name in blocks:
         other = config_of(model, name)
-        if other.num_experts != 1 or other.activation != config.activation:
+        if other.num_experts != 1 or (other.activation, other.expert_type) != (config.activation, config.expert_type):
             raise ValueError(
-                f"Adapter {name!r} has {other.num_experts} experts with activation={other.activation!r}; needed is one "
-                f"with {config.activation!r}. collapse() makes a plain adapter of a routed one."
+                f"Adapter {name!r} has {other.num_experts} experts ({other.expert_type}, {other.activation}); needed "
+                f"is one ({config.expert_type}, {config.activation}). collapse() makes a plain adapter of a routed one."
             )
 
     def copied(site: str, tensors: dict[str, Tensor]) -> None:
@@ -173,7 +173,8 @@ def _copied(model: nn.Module, config: SmearConfig, sources: list[str], count: in
             if site not in blocks[name]:
                 raise ValueError(f"Adapter {name!r} has no expert at {site}.")
             expert = blocks[name][site].expert
-            for half, kind in (("down", "weight"), ("down", "bias"), ("up", "weight")):
+            for part, _ in expert.named_parameters():
+                half, _, kind = part.partition(".")
                 rows, values = tensors[f"expert.{half}.{kind}"], getattr(expert, half).stacked(kind)
                 if values.shape[1:] != rows.shape[1:]:
                     raise ValueError(

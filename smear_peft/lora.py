@@ -1,0 +1,133 @@
+"""Stock LoRA adapters: read as plain adapters with one pair a site, and written so that PEFT alone loads them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from smear_peft.adapter_file import LARGEST_CONFIG
+from smear_peft.config import SmearConfig
+from smear_peft.loading import PREFIX
+from smear_peft.plain import widened_to
+from smear_peft.regroup import blocks_of, config_of, the_adapter
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+PLAIN = {
+    "bias": "none", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False,
+    "lora_bias": False, "layer_replication": None,
+}  # fmt: skip
+"""What a LoRA must have, to be x A B and no more."""
+
+
+def is_lora(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT's LoRA."""
+    file = folder / CONFIG_NAME
+    if file.stat().st_size > LARGEST_CONFIG:
+        return False
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.get("peft_type") == "LORA"
+
+
+def read_lora(
+    folder: Path, expected_of: Callable[[SmearConfig], dict[str, Tensor]]
+) -> tuple[SmearConfig, dict[str, Tensor]]:
+    """A LoRA adapter as a plain SMEAR adapter: its scaling goes into B.
+
+    Args:
+        folder: of the adapter.
+        expected_of: the tensors that a configuration calls for on the base model.
+
+    Returns:
+        The configuration, `routing="single"`, `expert_type="lora"`, and the tensors by their names in a SMEAR file.
+
+    Raises:
+        ValueError: it is no plain LoRA (DoRA, biases, ranks that differ), or does not fit the base model.
+    """
+    found = LoraConfig.from_pretrained(str(folder))
+    odd = {n: getattr(found, n) for n, v in PLAIN.items() if getattr(found, n, v) not in (v, None)}
+    if odd:
+        raise ValueError(f"{folder} is no plain LoRA: {', '.join(f'{n}={v!r}' for n, v in odd.items())}.")
+    scaling = found.lora_alpha / (math.sqrt(found.r) if found.use_rslora else found.r)
+    tensors: dict[str, Tensor] = {}
+    sites = []
+    for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items():
+        if name.endswith(A):
+            sites.append(name.removesuffix(A).removeprefix(PREFIX))
+            tensors[f"{name.removesuffix(A)}.smear_block.expert.down.weight"] = tensor.T.unsqueeze(0).contiguous()
+        elif name.endswith(B):
+            tensors[f"{name.removesuffix(B)}.smear_block.expert.up.weight"] = tensor.T.unsqueeze(0) * scaling
+        else:
+            tensors[name] = tensor
+    config = SmearConfig(
+        routing="single",
+        expert_type="lora",
+        bottleneck_dim=found.r,
+        target_modules=sorted(sites),
+        modules_to_save=found.modules_to_save,
+        train_layer_norms=False,
+        task_type=found.task_type,
+    )
+    expected = expected_of(config)
+    wrong = [name for name, t in tensors.items() if name not in expected or t.shape != expected[name].shape]
+    wrong += [name for name in expected if name not in tensors and ".smear_block." in name]
+    if wrong:
+        raise ValueError(f"{folder} does not fit this base model, or is no plain LoRA: see {wrong[0]}.")
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{folder}: {bad[0]} holds NaN or infinity.")
+    return config, tensors
+
+
+def save_lora(model: PeftModel, folder: str | Path, adapter: str | None = None) -> None:
+    """Write a plain adapter of a LoRA pair a site as a stock LoRA, which PEFT and its servers load without smear_peft.
+
+    Args:
+        model: with the adapter, `routing="single"`, `expert_type="lora"`: what `collapse` gives.
+        folder: to write `adapter_config.json` and `adapter_model.safetensors` into.
+        adapter: its name; needed when several are active.
+
+    Raises:
+        ValueError: it is no such adapter, or trains layer norms, which a LoRA has not.
+    """
+    adapter = the_adapter(model, adapter)
+    config = config_of(model, adapter)
+    if config.routing != "single" or config.expert_type != "lora" or config.train_layer_norms:
+        raise ValueError(
+            f"A stock LoRA is one pair a site and no layer norms; adapter {adapter!r} has routing={config.routing!r}, "
+            f"expert_type={config.expert_type!r}, train_layer_norms={config.train_layer_norms}. smear_peft.collapse "
+            "makes a plain adapter of a routed one of LoRA pairs."
+        )
+    blocks = blocks_of(model, adapter)
+    rank = max(block.site.bottleneck for block in blocks.values())
+    found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    tensors = {name: tensor for name, tensor in found.items() if ".smear_block." not in name}
+    for site, block in blocks.items():
+        pair = widened_to({name: tensor.detach() for name, tensor in block.state().items()}, rank)
+        tensors[f"{PREFIX}{site}{A}"] = pair["expert.down.weight"][0].T
+        tensors[f"{PREFIX}{site}{B}"] = pair["expert.up.weight"][0].T
+    stock = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(blocks),
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f"{SAFETENSORS_WEIGHTS_NAME}.part"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
+    os.replace(beside, folder / SAFETENSORS_WEIGHTS_NAME)
+    stock.save_pretrained(str(folder))
