@@ -117,10 +117,16 @@ def check_beside(config: SmearConfig, folder: Path) -> None:
 
 
 def _check_sizes(file: Path, name: str, shape: list[int], config: SmearConfig) -> None:
+    frozen = len(config.frozen_experts or ())  # these lie apart
     for ending, place, field in SIZES:
         claimed = getattr(config, field)
-        if name.endswith(ending) and claimed is not None and shape[place : place + 1] != [claimed]:
-            raise ValueError(f"{file}: {name} has shape {tuple(shape)}, but the configuration says {field}={claimed}.")
+        if not name.endswith(ending) or claimed is None:
+            continue
+        if shape[place : place + 1] != [claimed - frozen if field == "num_experts" else claimed]:
+            apart = f" with {frozen} of them frozen" if frozen and field == "num_experts" else ""
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(shape)}, but the configuration says {field}={claimed}{apart}."
+            )
 
 
 @contextmanager
