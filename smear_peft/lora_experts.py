@@ -4,8 +4,8 @@
 
 A mixture of pairs can be merged in two ways.
 
-Factors: x (sum_n p_n A_n) (sum_m p_m B_m), SMEAR's own merge of parameters. It holds cross terms p_n p_m A_n B_m of
-pairs that never met in training, and weighs the pairs' own products by p_n^2.
+Factors: x (sum_n p_n A_n) (sum_m p_m B_m), as SMEAR merges parameters. It holds cross terms p_n p_m A_n B_m of pairs
+that never met in training, and weighs the pairs' own products by p_n^2.
 
 Products: x sum_n p_n A_n B_n, the average of the experts' updates, a matrix of rank up to N r. Without a non-linearity
 it is also the average of their outputs.

@@ -8,6 +8,11 @@ WIDTHS = ("out_features", "out_channels", "nf", "num_features", "embedding_dim")
 ON_FEATURE_MAPS = (nn.modules.conv._ConvNd, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def on_feature_maps(module: nn.Module) -> bool:
+    """Whether the channels are at dimension 1. Frozen BatchNorms, of timm and of torchvision, are no `BatchNorm2d`."""
+    return isinstance(module, ON_FEATURE_MAPS) or type(module).__name__.startswith("FrozenBatchNorm")
+
+
 def is_activation(module: nn.Module) -> bool:
     """torch's, transformers' and timm's activations live in modules called activation(s)."""
     home = type(module).__module__.rpartition(".")[2]
@@ -19,13 +24,13 @@ def own_width(module: nn.Module) -> tuple[int, bool] | None:
     for attribute in WIDTHS:
         width = getattr(module, attribute, None)
         if isinstance(width, int):
-            return width, isinstance(module, ON_FEATURE_MAPS)
+            return width, on_feature_maps(module)
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and len(shape) == 1:
         return shape[0], False
     weight = getattr(module, "weight", None)
     if weight is not None and weight.ndim in (1, 2):
-        return weight.shape[0], False
+        return weight.shape[0], on_feature_maps(module)
     return None
 
 
@@ -49,7 +54,7 @@ def width_of(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tup
                 children.append(candidate)
     if next(module.parameters(), None) is None:
         # A block's own convolutions and norms first: what attention over channels is made of has widths of its own.
-        own_maps = [candidate for candidate in children if isinstance(candidate, ON_FEATURE_MAPS)]
+        own_maps = [candidate for candidate in children if on_feature_maps(candidate)]
         for candidate in (*reversed(own_maps), *reversed(before)):
             if (sized := own_width(candidate)) is not None:
                 return sized

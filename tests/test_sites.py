@@ -229,3 +229,11 @@ def test_every_family_runs_with_its_default_sites():
         assert get_peft_model(tiny_t5(family), settings)(**t5_batch()).logits.shape == (3, 4, 64)
     for name in ("resnet10t", "resnet26t"):
         assert get_peft_model(tiny_resnet(name), settings)(images()).shape == (3, 5)
+
+
+def test_frozen_batch_norms_do_not_hide_feature_maps():
+    from timm.layers import freeze_batch_norm_2d
+
+    model = tiny_resnet()
+    assert list_sites(freeze_batch_norm_2d(model)) == list_sites(tiny_resnet())
+    assert get_peft_model(model, SmearConfig())(images()).shape == (3, 5)
