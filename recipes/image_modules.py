@@ -79,7 +79,7 @@ def run(job: ModulesJob, data: Splits | None = None) -> dict[str, Row]:
         return copy.deepcopy(probe).requires_grad_(False)
 
     def plain(images: LabelledImages, name: str) -> Path:
-        model = peft.get_peft_model(base(), config_of(job, "single", domains))  # type: ignore[arg-type]
+        model = peft.get_peft_model(base(), config_of(job, "single", domains))
         train(model, images, replace(job, steps=job.domain_steps), label=name)
         model.save_pretrained(str(folder / name))
         return folder / name
@@ -117,7 +117,7 @@ def run(job: ModulesJob, data: Splits | None = None) -> dict[str, Row]:
 
     # The same with nothing pooled.
     torch.manual_seed(job.seed)
-    model = peft.get_peft_model(base(), config_of(job, "smear", domains))  # type: ignore[arg-type]
+    model = peft.get_peft_model(base(), config_of(job, "smear", domains))
     train(model, data.train, job, label="smear from scratch")
     scored("smear from scratch", model, steps=job.steps)
     collapses(model, part, job, scored, "smear")

@@ -1,5 +1,6 @@
 """Experts are modules: what removing, splitting, adding, freezing and renaming leave as it was, in float64."""
 
+import copy
 import json
 
 import pytest
@@ -396,3 +397,39 @@ def test_half_precision_experts_are_frozen_as_they_are(tmp_path):
     assert torch.equal(answer(model, "t5"), before)
     model.save_pretrained(tmp_path)
     assert torch.equal(answer(smear_peft.load(tiny_t5().bfloat16(), tmp_path), "t5"), before)
+
+
+def test_other_doors_open_to_adapters_after_surgery(tmp_path):
+    model = routed()
+    split_expert(model, 1)
+    freeze_experts(model, [0, 3])
+    before = answer(model, "t5")
+    assert torch.equal(answer(copy.deepcopy(model), "t5"), before)
+    model.save_pretrained(tmp_path)
+    native = tiny_t5()
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(answer(native, "t5"), before)
+    assert torch.equal(answer(model.unload(), "t5"), answer(tiny_t5(), "t5"))
+
+
+def test_a_compiled_model_takes_note_of_surgery():
+    model = routed()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(answer(compiled, "t5"), answer(model, "t5"))
+    freeze_experts(compiled, [0])
+    remove_experts(compiled, 2)
+    assert torch.equal(answer(compiled, "t5"), answer(model, "t5"))
+
+
+def test_surgery_on_an_adapter_of_transformers_itself(tmp_path):
+    model = tiny_t5()
+    model.add_adapter(SmearConfig(num_experts=3, bottleneck_dim=4), adapter_name="own")
+    enliven(model)
+    before = answer(model, "t5")
+    split_expert(model, 0)
+    assert model.peft_config["own"].num_experts == 4
+    torch.testing.assert_close(answer(model, "t5"), before, rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = tiny_t5()
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(answer(again, "t5"), answer(model, "t5"))
