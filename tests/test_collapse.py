@@ -91,6 +91,15 @@ def test_every_method_collapses_exactly_on_feature_maps(fields):
     equal(answer(model, batch("resnet")), before, 1e-6 if fields["routing"] == "adamix" else 1e-11)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_gate_after_the_norm_goes_into_the_norm(k):
+    model = settle(make("t5", routing="top_k", top_k=k, gate="after_norm"))
+    before = answer(model, batch("t5"))
+    collapse(model, [batch("t5")])
+    model.set_adapter("plain")
+    equal(answer(model, batch("t5")), before, 1e-6)
+
+
 def test_given_weights_are_what_override_routes_gives():
     model = make("resnet")
     weights = {site: torch.rand(3, dtype=torch.float64).softmax(0) for site in blocks_of(model, "default")}
