@@ -165,7 +165,8 @@ inject_adapter = SmearModel.inject_adapter
 def inject_suited(self: SmearModel, model: torch.nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Inject with a routing and a norm that the model admits: PEFT's tests know neither, and ask for the default.
 
-    In decoder-only models routers must not see the text; over one or two channels a layer norm is constant.
+    In decoder-only models routers need a prompt, which the tests do not give; over one or two channels a layer norm is
+    constant.
     """
     StandIn.made += 1
     config = self.peft_config[adapter_name]
