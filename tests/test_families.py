@@ -151,6 +151,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
         assert torch.equal(value, other), name
 
 
+@slow
 @each(EVERY)
 @pytest.mark.feature("bfloat16", "encoder", "encoder-decoder", "decoder-only", "image")
 def test_a_base_in_bfloat16(family):

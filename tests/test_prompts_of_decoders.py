@@ -22,6 +22,11 @@ DECODERS = {family.name: family for family in of_kind("decoder")}
 METHODS = [name for name in ROUTINGS if name != "soft_moe"]
 READERS = [name for name in METHODS if name not in ("tag", "hash", "latent_skills", "adamix", "single")]
 each_decoder = pytest.mark.parametrize("family", DECODERS)
+SHAPES = ("llama", "gpt2", "opt")  # rotary positions, learned ones, and features (B * L, D)
+slow = pytest.mark.slow
+a_few_always = pytest.mark.parametrize(
+    "family", [name if name in SHAPES else pytest.param(name, marks=slow) for name in DECODERS]
+)
 
 
 def decoder(family: str = "llama", **fields) -> nn.Module:
@@ -116,7 +121,7 @@ def test_the_prompt_is_what_stands_before_the_first_label():
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-@each_decoder
+@a_few_always
 @pytest.mark.feature("`generate`: beams, with and without the cache", "decoder-only")
 def test_generate_takes_the_route_of_training(family, decoding):
     model, batch = decoder(family), prompt(family)
@@ -143,7 +148,7 @@ def test_steps_are_those_of_training(routing):
     close(without, logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_prompt_alone_unpadded_and_padded_on_either_side(family, beams):
     model, batch = decoder(family), prompt(family)
@@ -302,7 +307,7 @@ def test_a_layer_on_its_own_has_no_prompt():
 # --- heads that read the whole text, and bare decoders ---
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", SHAPES)
 def test_a_classifier_reads_the_whole_text(kind):
     family = DECODERS[kind]
     config = small_config(type(family.make().config), num_labels=4)
@@ -333,7 +338,7 @@ def test_a_decoder_without_a_head_asks_for_a_routing_mask():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", SHAPES)
 def test_gradient_checkpointing(family, reentrant):
     model, batch = decoder(family).train(), training(family)
     twin = copy.deepcopy(model)
@@ -452,3 +457,35 @@ def test_rows_under_different_adapters(family, beams):
         assert torch.equal(model.generate(**batch, **how)[row], mixed[row])
         with torch.no_grad():
             close(model(**full).logits[row], together[row])
+
+
+# --- every way to wrap a model ---
+
+
+def added_by_transformers() -> nn.Module:
+    base = DECODERS["llama"].make()
+    base.add_adapter(SmearConfig(num_experts=3, bottleneck_dim=4))
+    return enliven(base).eval()
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: decoder(task_type="CAUSAL_LM"), added_by_transformers], ids=["task", "added"]
+)
+def test_every_way_to_wrap_a_model(build):
+    model, batch, expected = build(), training(), decoder()
+    mask = batch["attention_mask"] * torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])
+    with torch.no_grad():
+        close(model(**batch).logits, expected(**batch).logits)
+        del batch["labels"]
+        close(model(**batch, routing_mask=mask).logits, expected(**batch, routing_mask=mask).logits)
+        with pytest.raises(ValueError, match="no prompt to route on"):
+            model(**batch)
+    for extra in ({}, {"routing_mask": mask[:, :PROMPT]}):
+        how = {**prompt(), **extra, "num_beams": 2, "max_new_tokens": 4}
+        assert torch.equal(model.generate(**how), expected.generate(**how))
+
+
+def test_classifier_free_guidance_asks_for_routes_of_its_own():
+    with pytest.raises(ValueError, match="no prompt to route on"):
+        decoder().generate(**prompt(), guidance_scale=1.5, max_new_tokens=3)
+    decoder(routing="single").generate(**prompt(), guidance_scale=1.5, max_new_tokens=3)
