@@ -27,7 +27,10 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 LARGEST_CONFIG = 16 * 2**20
 """Bytes; a configuration that names ten thousand sites has half a megabyte."""
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
+EXPERTS = ("expert.down.weight", "expert.up.weight")
 SIZES = (
+    ("expert.down.weight", 0, "num_experts"),
+    ("expert.down.weight", 2, "bottleneck_dim"),
     ("expert.up.weight", 0, "num_experts"),
     ("expert.up.weight", 1, "bottleneck_dim"),
     ("softmoe.phi", 2, "slots_per_expert"),
@@ -110,7 +113,7 @@ def check_beside(config: SmearConfig, folder: Path) -> None:
         return
     with _opened(file) as tensors:
         names = list(tensors.keys())
-        if not any(name.endswith("expert.up.weight") for name in names):
+        if not any(name.endswith(EXPERTS) for name in names):
             raise ValueError(f"{file} holds no experts: {len(names)} tensors{_examples(sorted(names))}.")
         for name in names:
             _check_sizes(file, name, tensors.get_slice(name).get_shape(), config)

@@ -171,7 +171,7 @@ EARLY = [
     (partial(header, place=0.5, field="shape", value=[2**31] * 4), "cannot be read.*overflow"),
     (partial(header, place=0.5, field="dtype", value="X"), "cannot be read.*unknown variant"),
     (partial(replaced_by_folder, name=WEIGHTS), "is no file"),
-    (partial(set_fields, num_experts=4096, bottleneck_dim=2**20), r"shape \(3, 4, 32\), but .*num_experts=4096"),
+    (partial(set_fields, num_experts=4096, bottleneck_dim=2**20), r"shape \(3, 32, 4\), but .*num_experts=4096"),
     (partial(set_fields, num_experts=4096), "num_experts=4096"),
     (partial(set_fields, bottleneck_dim=2**20), "bottleneck_dim=1048576"),
     (lambda folder: edit_weights(folder, lambda tensors: tensors.clear()), "holds no experts"),
