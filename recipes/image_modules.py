@@ -1,12 +1,13 @@
 """Experts as modules, on images: plain adapters of one domain each, pooled, and what every step costs.
 
-    python -m recipes.image_modules --config recipes/configs/resnet_domainnet/pacs_modules.yaml --output_dir runs/pacs_modules
+    python -m recipes.image_modules --config recipes/configs/image_modules/pacs.yaml --output_dir runs/pacs_modules
 
 One job, one seed: a head for all domains; on it a plain adapter for each domain, trained on that domain alone; these
-pooled, with a router that is trained on a fraction of the images; against tag routing of the same pool, its uniform merge,
-and a SMEAR of the same head trained on all images. Then the last domain added to a pool of the others, and each collapse.
+pooled, with a router that is trained on a fraction of the images; against tag routing of the same pool, its uniform
+merge, and a SMEAR of the same head trained on all images. Then the last domain added to a pool of the others, and each
+collapse.
 Every row is one line of `metrics.json`: accuracies on the test lists, by domain, micro and macro.
-"""  # noqa: E501 (commands to copy)
+"""
 
 from __future__ import annotations
 
