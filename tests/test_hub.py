@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from packaging.version import Version
 from peft import AutoPeftModelForSeq2SeqLM, PeftModel
 
 import smear_peft
@@ -66,10 +67,18 @@ def test_a_base_on_the_hub_is_named_so_that_auto_classes_find_it(hub, model, tmp
     assert torch.equal(answer(AutoPeftModelForSeq2SeqLM.from_pretrained(NAME)), answer(model))
 
 
-def test_the_card_on_the_hub_is_ours_and_passes_the_hubs_own_check(hub, saved):
+@pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("2"),
+    reason="huggingface_hub 1 asks huggingface.co itself, whatever HF_ENDPOINT says",
+)
+def test_the_card_passes_the_hubs_own_check(hub, saved):
+    push_to_hub(saved, NAME, base_model="alice/tiny-t5", licence="mit")
+    assert ModelCard.load(NAME).validate() is None
+
+
+def test_the_card_on_the_hub_is_ours(hub, saved):
     push_to_hub(saved, NAME, base_model="alice/tiny-t5", tags=["glue"], licence="mit")
     card = ModelCard.load(NAME)
-    card.validate()
     assert card.data.to_dict() == {
         "base_model": "alice/tiny-t5",
         "base_model_relation": "adapter",

@@ -83,13 +83,13 @@ class DSelectRouter(Router):
         selected = torch.where(ones, t.unsqueeze(2), 1 - t.unsqueeze(2)).prod(-1)  # (B, k, N)
         share = (x @ self.dselect.w.to(dtype)).softmax(-1)  # (B, k)
         weights = torch.einsum("bk,bkn->bn", share, selected)
-        return self.mixture(weights)._replace(losses={"selector": self.entropy(selected)})
+        return self.mixture(weights, {"selector": self.entropy(selected)})
 
-    def mixture(self, weights: Tensor) -> Mixture:
+    def mixture(self, weights: Tensor, losses: dict[str, Tensor] | None = None) -> Mixture:
         """Mix all outputs by weights (B, N); in top1 mode run the expert with the largest, unscaled."""
         if self.top1:
-            return Mixture(weights, Use.CHOOSE, weights.argmax(-1))
-        return Mixture(weights, Use.MIX)
+            return Mixture(weights, Use.CHOOSE, weights.argmax(-1), losses=losses or {})
+        return Mixture(weights, Use.MIX, losses=losses or {})
 
     def entropy(self, selected: Tensor) -> Tensor:
         """(B, k, N) -> the scalar selector term."""
