@@ -9,14 +9,15 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -87,11 +88,40 @@ def _refuse_pickled(folder: Path) -> None:
     """Of a folder without safetensors."""
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED)
     if pickled:
-        raise ValueError(
-            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}, only {', '.join(pickled)}: pickled files can run code when "
-            "they are read, so smear_peft does not. Save the adapter again with save_pretrained(..., "
-            "safe_serialization=True)."
-        )
+        raise ValueError(_only_pickled(folder, ", ".join(pickled)))
+
+
+def _only_pickled(place: str | Path, found: str) -> str:
+    return (
+        f"{place} has no {SAFETENSORS_WEIGHTS_NAME}, only {found}: pickled files can run code when they are read, so "
+        "smear_peft does not. Save the adapter again with save_pretrained(..., safe_serialization=True)."
+    )
+
+
+def weights_folder(path_or_repo: str, subfolder: str | None, **hub_options: Any) -> Path | None:
+    """Where an adapter's weights are, downloaded first if they are on the Hub, as PEFT would do next.
+
+    Args:
+        path_or_repo: a folder, or `user/name` on the Hub.
+        subfolder: of either.
+        hub_options: passed on to `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        A folder; None of a repository that has no weights.
+
+    Raises:
+        ValueError: the repository has pickled weights alone.
+    """
+    if Path(path_or_repo).is_dir():
+        return Path(path_or_repo, subfolder or "")
+    try:
+        weights = hf_hub_download(str(path_or_repo), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_options)
+    except EntryNotFoundError:
+        with suppress(EntryNotFoundError):
+            hf_hub_download(str(path_or_repo), WEIGHTS_NAME, subfolder=subfolder, dry_run=True, **hub_options)
+            raise ValueError(_only_pickled(path_or_repo, WEIGHTS_NAME)) from None
+        return None
+    return Path(weights).parent
 
 
 def check_beside(config: SmearConfig, folder: Path) -> None:
@@ -102,7 +132,7 @@ def check_beside(config: SmearConfig, folder: Path) -> None:
 
     Args:
         config: read from the folder.
-        folder: where it was read; anything but a folder here is on the Hub, and left to the doors that follow.
+        folder: where its weights are.
 
     Raises:
         ValueError: the weights are pickled, damaged, or of other sizes than the configuration's.

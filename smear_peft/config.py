@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -117,11 +116,14 @@ class SmearConfig(ExpertFields, PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """As PEFT's, which calls it before it builds anything; weights beside it are checked (`check_beside`)."""
-        from smear_peft.adapter_file import check_beside  # noqa: PLC0415
+        from smear_peft.adapter_file import check_beside, weights_folder  # noqa: PLC0415
 
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, cls):
-            check_beside(config, Path(pretrained_model_name_or_path, subfolder or ""))
+            hub_options, _, _ = cls._split_kwargs(kwargs)
+            folder = weights_folder(pretrained_model_name_or_path, subfolder, **hub_options)
+            if folder is not None:
+                check_beside(config, folder)
         return config
 
     def check(self) -> None:

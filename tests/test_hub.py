@@ -312,3 +312,31 @@ def test_a_dry_run_writes_what_would_be_pushed_and_asks_nobody(hub, saved, model
     assert written == {name: data for name, data in hub.files(NAME).items() if name != ".gitattributes"}
     with pytest.raises(FileExistsError, match="is not empty"):
         push_to_hub(saved, NAME, dry_run=folder)
+
+
+@pytest.mark.parametrize("door", ["from_pretrained", "load_adapter"])
+def test_peft_s_doors_refuse_bad_weights_on_the_hub_before_they_build(hub, saved, model, tmp_path, door):
+    folder = shutil.copytree(saved, tmp_path / "bad")
+    weights = (folder / WEIGHTS).read_bytes()
+    api = huggingface_hub.HfApi()
+
+    def load_bad(kind):
+        repo = f"alice/{kind}"
+        api.create_repo(repo)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+        if door == "from_pretrained":
+            base = tiny_t5()
+            with pytest.raises(ValueError) as refusal:
+                PeftModel.from_pretrained(base, repo)
+            assert not [name for name, _ in base.named_parameters() if "smear" in name]
+        else:
+            routed_model = load(tiny_t5(), str(saved))
+            with pytest.raises(ValueError) as refusal:
+                routed_model.load_adapter(repo, "second")
+            assert list(routed_model.peft_config) == ["default"]
+        return str(refusal.value)
+
+    (folder / WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    assert "cannot be read" in load_bad("damaged")
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    assert "only adapter_model.bin: pickled files can run code" in load_bad("pickled")
