@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from . import models
 
 NEEDS = {"tag": "routing_tags", "latent_skills": "routing_tags", "hash": "example_ids"}
 TASKS = ["cola", "rte", "sst2"]
+# torch 2.9, the oldest that is admitted, cannot trace ContextVar.get, which our hooks call.
+one_graph = pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9 cannot trace ContextVar.get")
 
 
 @torch.no_grad()

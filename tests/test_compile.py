@@ -15,7 +15,7 @@ from smear_peft.context import RoutingContext
 
 from . import models
 from .models import images, perceptron, t5_batch, tiny_resnet, tiny_t5
-from .routed import TASKS, close, enliven, extras, routed
+from .routed import TASKS, close, enliven, extras, one_graph, routed
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -33,10 +33,6 @@ def fresh():
         warnings.filterwarnings("ignore", message="routing=.* has auxiliary terms")
         yield
     torch._dynamo.reset()
-
-
-# torch 2.9, the oldest that is admitted, cannot trace ContextVar.get, which our hooks call.
-one_graph = pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9 cannot trace ContextVar.get")
 
 
 def graphs() -> int:

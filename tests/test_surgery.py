@@ -15,7 +15,7 @@ from smear_peft import SmearConfig, add_experts, freeze_experts, remove_experts,
 from smear_peft.regroup import blocks_of
 
 from .models import images, t5_batch, tiny_resnet, tiny_t5
-from .routed import enliven, extras, routed
+from .routed import enliven, extras, one_graph, routed
 
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 SHARING = ["smear", "ensemble", "top_k", "st_gumbel", "reinforce", "latent_skills", "adamix", "soft_moe"]
@@ -412,6 +412,7 @@ def test_other_doors_open_to_adapters_after_surgery(tmp_path):
     assert torch.equal(answer(model.unload(), "t5"), answer(tiny_t5(), "t5"))
 
 
+@one_graph
 def test_a_compiled_model_takes_note_of_surgery():
     model = routed()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

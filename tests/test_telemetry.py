@@ -14,7 +14,7 @@ from smear_peft.telemetry_summary import Tallies
 
 from .launch import on_two_processes
 from .models import images, t5_batch, tiny_resnet, tiny_t5
-from .routed import TASKS, extras, routed
+from .routed import TASKS, extras, one_graph, routed
 
 
 def told(model: nn.Module, weights, tags=None, forwards: int = 1, **options):
@@ -149,6 +149,7 @@ def test_rules_that_look_at_nothing_do_not_collapse():
         assert telemetry.collect().collapsed(0.9) != []
 
 
+@one_graph
 def test_a_compiled_model_is_counted_by_update():
     model = routed().train()
     compiled = torch.compile(model, backend="eager")
