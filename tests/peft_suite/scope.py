@@ -55,6 +55,11 @@ REFUSED = (
         r"TestHotSwapping::test_(hotswap_works|hotswap_extra_key|prepare_model)(?!\S*(groups_rank_not|already_compiled_(raises|wr)))",
     ),
     Refusal(
+        "pickled weights are never read: a ValueError names the file and how to save it again",
+        r"ValueError: \S+ has no adapter_model\.safetensors, only adapter_model\.bin: pickled files can run code",
+        r"::test_save_pretrained_(selected_adapters_)?pickle",
+    ),
+    Refusal(
         "an adapter cannot be called like a module: PEFT would lose tensors of the other adapters on saving",
         "ValueError: An adapter cannot be called",
         r"same_as_module_name",
