@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -32,11 +31,11 @@ from recipes.glue_data import TASKS, load_glue
 from recipes.glue_scoring import score
 from recipes.image_checkpoint import FILE, Progress, load_checkpoint, save_checkpoint
 from recipes.image_models import is_routed
-from recipes.image_settings import PROBE, located
+from recipes.image_settings import located
 from recipes.multitask import Mixture, MixtureSampler
+from recipes.routed_row import RoutedRow
 from recipes.run_folder import refuse_other_run, write_json, write_lines, write_text, write_yaml, writing
 from recipes.settings import parse
-from smear_peft import SmearConfig
 from smear_peft.cards import draw_routes
 from smear_peft.temperature import anneal_temperature
 
@@ -45,7 +44,7 @@ DIGITS = 6
 
 
 @dataclass
-class EncoderJob:
+class EncoderJob(RoutedRow):
     """One row, one seed."""
 
     dataset: str = field(default="$SMEAR_DATA/glue", metadata={"help": "As recipes/glue_data.py takes it."})
@@ -56,21 +55,8 @@ class EncoderJob:
     )
     max_eval_rows: int = field(default=1000, metadata={"help": "Of each task, in scoring; 0: all."})
     base: str = field(default=MINILM, metadata={"help": "minilm, a folder, or a model on the Hub."})
-    routing: str = field(default="smear", metadata={"help": "A method of smear_peft.ROUTINGS, or linear_probe."})
-    num_experts: int = field(default=8, metadata={"help": "N at each site (paper, T5-GLUE: one per task)."})
     bottleneck_dim: int = field(default=12, metadata={"help": "r, width of one expert (384 // 32)."})
-    expert_dropout: float | None = field(
-        default=None, metadata={"help": "Default: 0.1 for smear and top_k, else 0 (paper)."}
-    )
-    temperature: float = field(default=10.0, metadata={"help": "st_gumbel: at the start (paper: 10)."})
-    anneal_rate: float = field(default=1e-6, metadata={"help": "st_gumbel: rate of the annealing (paper: 1e-6)."})
     anneal_every: int = field(default=1, metadata={"help": "st_gumbel: updates between annealings."})
-    adapter_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON: any other fields of SmearConfig."}
-    )
-    routes: Literal["learned", "uniform"] = field(
-        default="learned", metadata={"help": "uniform: merge evenly, in training and test (a control)."}
-    )
     steps: int = field(default=600, metadata={"help": "Updates."})
     batch_size: int = field(default=32, metadata={"help": "Examples per update."})
     sampling_temperature: float = field(default=1.0, metadata={"help": "As in recipes/multitask.py."})
@@ -83,18 +69,6 @@ class EncoderJob:
     eval_batch_size: int = field(default=64, metadata={"help": "Rows at a time in validation and test."})
     seed: int = field(default=0, metadata={"help": "Of the heads, the adapter and the order."})
     scoring: Literal["choices"] = field(default="choices", metadata={"help": "How answers are read; for reports."})
-
-    def __post_init__(self) -> None:
-        if isinstance(self.adapter_options, str):
-            self.adapter_options = json.loads(self.adapter_options)
-
-    def smear_config(self) -> SmearConfig | None:
-        """The adapter's configuration; None for heads alone."""
-        if self.routing == PROBE:
-            return None
-        own = ("routing", "num_experts", "bottleneck_dim", "expert_dropout", "temperature", "anneal_rate")
-        options: Any = self.adapter_options or {}
-        return SmearConfig(**{**{name: getattr(self, name) for name in own}, "tasks": list(self.tasks), **options})
 
 
 @dataclass
@@ -120,7 +94,7 @@ def run(job: EncoderJob, folder: Path) -> dict[str, Any]:
     glue = load_glue(located(job.dataset), job.tasks, job.data_seed)
     encoder, tokenizer = load_encoder(job.base)
     batches = Batches(tokenizer, job.tasks, job.max_length)
-    model = adapt(encoder, job.tasks, job.smear_config(), job.seed)
+    model = adapt(encoder, job.tasks, job.smear_config(job.tasks), job.seed)
     name = f"{job.routing} (seed {job.seed})"
 
     rows = {task: first(getattr(splits, job.score_on), job.max_eval_rows) for task, splits in glue.items()}

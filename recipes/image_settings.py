@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from recipes.routed_row import RoutedRow
 from smear_peft import SmearConfig
 
 DIGITS = "digits"
 HUB = "wltjr1007/DomainNet"
-PROBE = "linear_probe"
 DATA = "$SMEAR_DATA"
 
 
@@ -38,44 +37,22 @@ class ImageData:
 
 
 @dataclass
-class ImageAdapter:
+class ImageAdapter(RoutedRow):
     """The frozen base, and what is trained on it."""
 
     base: str = field(default="resnet18.tv_in1k", metadata={"help": "Any ResNet of timm, or local-dir:<folder>."})
     weights: str | None = field(default=None, metadata={"help": "safetensors file for a bare architecture."})
-    routing: str = field(default="smear", metadata={"help": "A method of smear_peft.ROUTINGS, or linear_probe."})
     num_experts: int = field(default=6, metadata={"help": "N at each site (paper: one per domain)."})
     bottleneck_dim: int = field(default=32, metadata={"help": "r, width of one expert (paper: 32)."})
-    expert_dropout: float | None = field(
-        default=None, metadata={"help": "Default: 0.1 for smear and top_k, else 0 (paper)."}
-    )
-    temperature: float = field(default=10.0, metadata={"help": "st_gumbel: at the start (paper: 10)."})
     anneal_rate: float = field(default=1e-4, metadata={"help": "st_gumbel: rate of the annealing (paper: 1e-4)."})
     base_batch_norm: Literal["frozen", "drift"] = field(
         default="frozen",
         metadata={"help": "Statistics of the base's BatchNorms: fixed, or drifting in training (published code)."},
     )
-    adapter_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON: any other fields of SmearConfig."}
-    )
-    routes: Literal["learned", "uniform"] = field(
-        default="learned", metadata={"help": "uniform: merge evenly, in training and test (a control)."}
-    )
 
-    def __post_init__(self) -> None:
-        if isinstance(self.adapter_options, str):
-            self.adapter_options = json.loads(self.adapter_options)
-
-    def smear_config(self, domains: Sequence[str]) -> SmearConfig | None:
-        """The adapter's configuration, which SmearConfig checks; None for a linear probe."""
-        if self.routing == PROBE:
-            return None
-        own = ("routing", "num_experts", "bottleneck_dim", "expert_dropout", "temperature", "anneal_rate",
-               "base_batch_norm")  # fmt: skip
-        options: Any = self.adapter_options or {}
-        if unknown := [name for name in options if name not in SmearConfig.__dataclass_fields__]:
-            raise ValueError(f"adapter_options: SmearConfig has no field {', '.join(unknown)}.")
-        return SmearConfig(**{**{name: getattr(self, name) for name in own}, "tasks": list(domains), **options})
+    def smear_config(self, tasks: Sequence[str], **more: Any) -> SmearConfig | None:
+        """As `RoutedRow`'s, for the domains."""
+        return super().smear_config(tasks, base_batch_norm=self.base_batch_norm, **more)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from recipes import glue_encoder, report_runs, sweep
@@ -69,6 +70,11 @@ def test_a_broken_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeyp
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
     files = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "broken")]
     assert files[0] == files[1]
+    whole_adapter, again_adapter = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "broken")
+    )
+    for name, tensor in whole_adapter.items():
+        assert torch.equal(again_adapter[name], tensor), name
     with pytest.raises(ValueError, match=r"other settings.*steps"):
         glue_encoder.run(job(base, steps=5), tmp_path / "broken")
 
