@@ -3,6 +3,7 @@
 `import smear_peft` registers it; everything else is PEFT's own: `get_peft_model(model, SmearConfig(...))`.
 """
 
+import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ register()
 from smear_peft.cluster import Clusters, cluster_routes  # noqa: E402
 from smear_peft.collapse import Collapsed, collapse  # noqa: E402
 from smear_peft.config import SmearConfig  # noqa: E402
-from smear_peft.hub import push_to_hub  # noqa: E402
 from smear_peft.layer import SmearLayer  # noqa: E402
 from smear_peft.loading import load  # noqa: E402
 from smear_peft.lora import save_lora  # noqa: E402
@@ -35,6 +35,7 @@ from smear_peft.temperature import parameter_groups, set_temperature, temperatur
 from smear_peft.trace import Trace, override_routes, trace  # noqa: E402
 
 if TYPE_CHECKING:
+    from smear_peft.hub import push_to_hub
     from smear_peft.telemetry_callback import RoutingCallback, telemetry_first
     from smear_peft.trainer import RoutedCollator, SmearSeq2SeqTrainer, SmearTrainer, TemperatureCallback
 
@@ -78,18 +79,17 @@ __all__ = [
     "trace",
 ]
 
-_TRAINER = ("RoutedCollator", "SmearSeq2SeqTrainer", "SmearTrainer", "TemperatureCallback")
-_TELEMETRY = ("RoutingCallback", "telemetry_first")
+# Imported when they are used: the Hub's client and cards, and what needs Transformers' Trainer.
+_LATER = {
+    "hub": ("push_to_hub",),
+    "telemetry_callback": ("RoutingCallback", "telemetry_first"),
+    "trainer": ("RoutedCollator", "SmearSeq2SeqTrainer", "SmearTrainer", "TemperatureCallback"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs Transformers' Trainer is imported when it is used."""
-    if name in _TRAINER:
-        from smear_peft import trainer  # noqa: PLC0415
-
-        return getattr(trainer, name)
-    if name in _TELEMETRY:
-        from smear_peft import telemetry_callback  # noqa: PLC0415
-
-        return getattr(telemetry_callback, name)
+    """The names in `_LATER`."""
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from smear_peft.analysis.routes import Batch, example_routes
 from smear_peft.block import SmearBlock
 from smear_peft.config import SmearConfig
-from smear_peft.context import module_device
-from smear_peft.information import total_variation
+from smear_peft.context import module_device, on_device
+from smear_peft.information import TINY, total_variation
 from smear_peft.loading import PREFIX
 from smear_peft.modes import evaluating, using
 from smear_peft.objective import takes_labels
@@ -147,7 +147,7 @@ def scored(model: PeftModel, adapter: str, data: Iterable[Batch] | None, score: 
 
 def spread_of(seen: Tensor, weights: Tensor) -> Tensor:
     """The mean distance of routes (rows, N) from weights (N,), as a share of their weight (a scalar)."""
-    total = seen.sum(-1).clamp_min(1e-12)
+    total = seen.sum(-1).clamp_min(TINY)
     return (total_variation(seen, weights) / total).mean()
 
 
@@ -260,8 +260,7 @@ def minus_loss(model: nn.Module, data: Iterable[Batch], adapters: Sequence[str] 
                 return None
             count = len(batch["labels"])
             mixed = {} if adapters is None else {"adapter_names": list(adapters[rows : rows + count])}
-            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            loss = getattr(model(**moved, **mixed), "loss", None)
+            loss = getattr(model(**on_device(batch, device), **mixed), "loss", None)
             if loss is None:
                 return None
             total, rows = total + float(loss) * count, rows + count

@@ -7,6 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+TINY = 1e-12  # less weight than this is none
+
+
+def normalised(weights: Tensor) -> Tensor:
+    """Weights (..., N) made to sum to 1; dselect_k's need not. All zeros stay zeros."""
+    return weights / weights.sum(-1, keepdim=True).clamp_min(TINY)
+
 
 def entropy(distributions: Tensor) -> Tensor:
     """Entropy in nats of distributions (..., N): 0 where one expert has it all, log N where all have the same."""

@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from smear_peft.information import mutual_information, total_variation
+from smear_peft.information import mutual_information, normalised, total_variation
 
 UNUSED = 0.5  # of an even share: an expert that never got more of any example counts as never used
-TINY = 1e-12
 
 
 class SiteRouting(NamedTuple):
@@ -105,8 +104,7 @@ class Tally:
             chosen: (S, B, k), where experts are chosen.
             tags: (B,); tags out of range count as none.
         """
-        weights = weights.float()
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(TINY)  # dselect_k's need not sum to 1
+        weights = normalised(weights.float())
         used = weights if chosen is None else torch.zeros_like(weights).scatter_(2, chosen, 1 / chosen.shape[2])
         none, rows = len(self.examples) - 1, weights.shape[1]
         if tags is None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smear_peft.analysis.routes import TINY, Routes, as_tensor
-from smear_peft.information import entropy, jensen_shannon, mutual_information
+from smear_peft.analysis.routes import Routes, as_tensor
+from smear_peft.information import TINY, entropy, jensen_shannon, mutual_information
 
 
 class Similarity(NamedTuple):

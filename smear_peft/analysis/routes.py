@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smear_peft.context import module_device
+from smear_peft.context import module_device, on_device
+from smear_peft.information import normalised
 from smear_peft.modes import evaluating
 from smear_peft.objective import takes_labels
 from smear_peft.sites import base_model
@@ -19,7 +20,6 @@ from smear_peft.trace import Trace, trace
 Routes = dict[str, dict[str, list[float]]]
 """Site -> data set -> mean weight of each of the N experts; sites in forward order. What routing.json holds."""
 Batch = Mapping[str, Any]
-TINY = 1e-12
 
 
 def routed_batches(
@@ -45,7 +45,7 @@ def routed_batches(
     device, labels = module_device(base_model(model)), takes_labels(model)
     with evaluating(model):
         for name, batch in batches:
-            moved = {key: _to(value, device) for key, value in batch.items() if labels or key != "labels"}
+            moved = on_device({key: value for key, value in batch.items() if labels or key != "labels"}, device)
             with torch.no_grad(), trace(model, adapter) as routes:
                 if forward is None:
                     model(**moved)
@@ -118,8 +118,7 @@ def mean_routes(
         for dataset, members in _members(name, batch, rows, datasets).items():
             counts[dataset] = counts.get(dataset, 0) + len(members)
             for site, weights in routes.weights.items():
-                own = weights[members.to(weights.device)].double()
-                own /= own.sum(-1, keepdim=True).clamp_min(TINY)
+                own = normalised(weights[members.to(weights.device)].double())
                 site_sums = sums.setdefault(site, {})
                 site_sums[dataset] = own.sum(0).cpu() + site_sums.get(dataset, 0.0)
     if not sums:
@@ -161,8 +160,7 @@ def check(routes: Routes) -> None:
 
 def as_tensor(routes: Routes, site: str) -> Tensor:
     """The mean routes (datasets, N) of a site, each row made to sum to 1."""
-    weights = torch.tensor(list(routes[site].values()), dtype=torch.float64)
-    return weights / weights.sum(-1, keepdim=True).clamp_min(TINY)
+    return normalised(torch.tensor(list(routes[site].values()), dtype=torch.float64))
 
 
 def _named(batches: Iterable[Batch] | Mapping[str, Iterable[Batch]]) -> Iterable[tuple[str | None, Batch]]:
@@ -185,7 +183,3 @@ def _members(name: str | None, batch: Batch, rows: int, datasets: Sequence[str] 
     if datasets is not None and (wrong := [tag for tag in found if not 0 <= tag < len(datasets)]):
         raise ValueError(f"routing_tags holds {wrong[0]}, but there are {len(datasets)} names: {', '.join(datasets)}.")
     return {str(tag) if datasets is None else datasets[tag]: (tags == tag).nonzero().flatten() for tag in found}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smear_peft.information import TINY
 from smear_peft.sites import base_model
 from smear_peft.trace import check_routed, override_routes
-
-TINY = 1e-12
 
 
 @contextmanager
