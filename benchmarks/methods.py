@@ -10,7 +10,7 @@ numbers. Below 1: this package is faster. The last line says which ratios are ab
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from benchmarks import transcription
+from benchmarks.text_block import ENCODER, make_block
 from benchmarks.timing import forward, medians, training
-from smear_peft import ROUTINGS, SmearConfig
+from smear_peft import ROUTINGS
 from smear_peft.block import SmearBlock
 from smear_peft.context import RoutingContext
 from smear_peft.routing import Query
-from smear_peft.site import Site
 
 RANDOM_IN_TRAINING = ("st_gumbel", "reinforce", "adamix", "latent_skills")
 
@@ -43,24 +43,19 @@ class Sizes:
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
 
 
-def make_block(routing: str, sizes: Sizes) -> SmearBlock:
-    """A text block of an encoder, without expert dropout, its zeros made random so that nothing can hide in them."""
-    site = Site("site", "Linear", sizes.width, False, "output", "post_layer_norm", None, "own output", sizes.bottleneck)
+def block_of(routing: str, sizes: Sizes) -> SmearBlock:
+    """A text block of an encoder that knows eight tasks."""
     experts = 1 if routing == "single" else sizes.num_experts
-    config = SmearConfig(routing=routing, num_experts=experts, expert_dropout=0.0, tasks=[f"task{i}" for i in range(8)])
+    tasks = [f"task{i}" for i in range(8)]
+    fields = {"routing": routing, "num_experts": experts, "tasks": tasks}
     if experts < 8 and routing == "tag":
-        config.task_to_expert = {f"task{i}": i % experts for i in range(8)}
-    block = SmearBlock(site, config)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in block.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=draw))
-    return block
+        fields["task_to_expert"] = {task: i % experts for i, task in enumerate(tasks)}
+    return make_block(replace(ENCODER, width=sizes.width, bottleneck=sizes.bottleneck), **fields)
 
 
 def compare(routing: str, batch: int, length: int, sizes: Sizes) -> dict[str, float]:
     """Seconds of the block and of its transcription: keys "forward", "training" and "<either> transcription"."""
-    block = make_block(routing, sizes)
+    block = block_of(routing, sizes)
     x = torch.randn(batch, length, sizes.width, generator=torch.Generator().manual_seed(1))
     ids = torch.arange(batch)
     context = RoutingContext(rows=batch, tags=ids % 8, example_ids=ids)

@@ -22,9 +22,10 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, T5Config, T5ForConditionalGeneration
+from transformers import HfArgumentParser
 
 from benchmarks.timing import medians
+from benchmarks.whole_models import T5_BASE, new_t5
 from smear_peft import RoutingTelemetry, SmearConfig, routed_loss
 
 TASKS = [f"task{i}" for i in range(8)]
@@ -39,12 +40,8 @@ class Sizes:
 
 
 def t5(batch: int, length: int, **sizes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A T5 of twelve layers each side, with SMEAR, and a batch."""
-    config = T5Config(
-        num_layers=12, num_decoder_layers=12, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-        decoder_start_token_id=0, **sizes,
-    )  # fmt: skip
-    model = get_peft_model(T5ForConditionalGeneration(config), SmearConfig(tasks=TASKS))
+    """A T5 with SMEAR, and a batch."""
+    model = get_peft_model(new_t5(**sizes), SmearConfig(tasks=TASKS))
     ids = torch.randint(2, sizes["vocab_size"], (batch, length))
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :8].contiguous()}
 
@@ -57,8 +54,10 @@ def resnet(batch: int) -> tuple[nn.Module, dict[str, Any]]:
 
 CASES: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     "resnet18": lambda: resnet(64),
-    "t5_base": lambda: t5(8, 64, d_model=768, d_kv=64, d_ff=2048, num_heads=12, vocab_size=32128),
-    "t5_small_steps": lambda: t5(8, 64, d_model=64, d_kv=16, d_ff=128, num_heads=4, vocab_size=1000),
+    "t5_base": lambda: t5(8, 64, **T5_BASE),
+    "t5_small_steps": lambda: t5(
+        8, 64, **T5_BASE | {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "vocab_size": 1000}
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,14 @@ class PlainAdapter(nn.Module):
         return x + self.norm(self.up(F.silu(self.down(x))))
 
 
-def make_block(routing: str = "smear", experts: int = EXPERTS, site: Site = ENCODER) -> SmearBlock:
-    """A block without expert dropout, its zeros made random so that nothing can hide in them."""
-    block = SmearBlock(site, SmearConfig(routing=routing, num_experts=experts, expert_dropout=0.0))
+def make_block(site: Site = ENCODER, **fields: Any) -> SmearBlock:
+    """A block without expert dropout, its zeros made random so that nothing can hide in them.
+
+    Args:
+        site: where it would be.
+        fields: of its `SmearConfig`.
+    """
+    block = SmearBlock(site, SmearConfig(**{"num_experts": EXPERTS, "expert_dropout": 0.0, **fields}))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in block.parameters():
@@ -78,7 +84,7 @@ def against_plain(
     batch: int, length: int, train: bool, dtype: torch.dtype = torch.float32, experts: int = EXPERTS
 ) -> Pair:
     """SMEAR beside a plain adapter of the same width."""
-    block = make_block(experts=experts).to_float(None, dtype)
+    block = make_block(num_experts=experts).to_float(None, dtype)
     plain, x = PlainAdapter(WIDTH, BOTTLENECK).to(dtype), features(batch, length, dtype)
     context = RoutingContext(rows=batch)
     check(block, "smear", x, context)
@@ -87,7 +93,7 @@ def against_plain(
 
 def against_transcription(routing: str, batch: int, length: int, train: bool, experts: int = EXPERTS) -> Pair:
     """A method beside its transcription."""
-    block, x = make_block(routing, experts), features(batch, length)
+    block, x = make_block(routing=routing, num_experts=experts), features(batch, length)
     context = RoutingContext(rows=batch)
     check(block, routing, x, context)
     theirs = transcribed(block, routing, train, torch.zeros(batch, dtype=torch.long))
@@ -97,13 +103,13 @@ def against_transcription(routing: str, batch: int, length: int, train: bool, ex
 def growth(batch: int, length: int, few: int, many: int) -> Pair:
     """Training with many experts beside training with few."""
     x, context = features(batch, length), RoutingContext(rows=batch)
-    blocks = [make_block(experts=count) for count in (many, few)]
+    blocks = [make_block(num_experts=count) for count in (many, few)]
     return Pair(*(job(block, running(block, context), x, True) for block in blocks))
 
 
 def decode_step(sources: int, beams: int) -> Pair:
     """One position of each beam with what an earlier step of the same generate merged, beside a plain adapter."""
-    block, plain = make_block(site=DECODER).eval(), PlainAdapter(WIDTH, BOTTLENECK).eval()
+    block, plain = make_block(DECODER).eval(), PlainAdapter(WIDTH, BOTTLENECK).eval()
     x, state = features(sources * beams, 1), features(sources, 64)
     source = Source(state, None, {"masked_mean": state.mean(1)})
     context = RoutingContext(rows=sources * beams, source=source, generation=Generation(sources))

@@ -93,12 +93,17 @@ def with_adapters(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
     return model
 
 
+def new_t5(**sizes: int) -> T5ForConditionalGeneration:
+    """A T5.1.1 with random weights and without dropout."""
+    torch.manual_seed(0)
+    config = T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0, **sizes)
+    config.decoder_start_token_id = config.pad_token_id = 0
+    return T5ForConditionalGeneration(config)
+
+
 def t5_pair() -> tuple[nn.Module, nn.Module]:
     """SMEAR and plain adapters, 60 each, on one frozen base; both train the base's layer norms, as in the paper."""
-    torch.manual_seed(0)
-    config = T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0, **T5_BASE)
-    config.decoder_start_token_id = config.pad_token_id = 0
-    base = T5ForConditionalGeneration(config)
+    base = new_t5(**T5_BASE)
     plain = with_adapters(shared_copy(base), lambda width: PlainAdapter(width, BOTTLENECK))
     for name, p in plain.named_parameters():
         if name.endswith("layer_norm.weight"):

@@ -16,11 +16,10 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.report_runs import find_runs, group
-from recipes.report_runs import read_run as checked
+from recipes.report_runs import find_runs, group, read_run
 from recipes.run_folder import read_json, write_text, writing
 from recipes.settings import parse
-from smear_peft.cards import draw_routes, read_run, run_card
+from smear_peft.cards import draw_routes, run_card
 
 
 @dataclass
@@ -43,8 +42,7 @@ def write_cards(settings: Cards) -> list[Path]:
     Raises:
         ValueError: runs of one row differ in more than their seed, or their figures do not follow from the predictions.
     """
-    rows = group(checked(folder) for folder in find_runs(map(Path, settings.runs)))
-    found = {row: [read_run(run.folder) for run in runs] for row, runs in rows.items()}
+    found = group(read_run(folder) for folder in find_runs(map(Path, settings.runs)))
     folders = []
     for row, runs in found.items():
         name = f"{settings.setting}-{row}" if len(found) > 1 or row != settings.setting else row

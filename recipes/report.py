@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 if not __package__:  # run as a script
@@ -32,6 +31,7 @@ from recipes.report_tables import WIDE, Rows, Table, against, dropout_table, lon
 from recipes.run_folder import read_json, write_text, writing
 from recipes.settings import parse
 from smear_peft.analysis import plot_routing, plot_similarity, similarity
+from smear_peft.cards.runs import mean_and_deviation
 
 KEPT = ("metrics.json", "config.yaml", "routing.json", "log.jsonl")
 
@@ -90,12 +90,10 @@ def all_pictures(rows: Rows, speed: Speed, folder: Path) -> list[Picture]:
     """Figure 2 where speeds are given, then the routes of each row with several experts and how alike they are."""
     pictures = []
     points = [
-        Point(
-            row, runs[0].config["routing"], speed[row][TEST_SPEED], fmean(scores), stdev(scores) if scores[1:] else 0.0
-        )
+        Point(row, runs[0].routing, speed[row][TEST_SPEED], mean, deviation or 0.0)
         for row, runs in rows.items()
         if TEST_SPEED in speed.get(row, {})
-        for scores in [[run.scores[run.headline] for run in runs]]
+        for mean, deviation in [mean_and_deviation([run.scores[run.headline] for run in runs])]
     ]
     if points:
         labels = {"x": TEST_SPEED, "y": f"{next(iter(rows.values()))[0].headline}, percent"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recipes.report_tables import MISSING, Rows, Table, by_seed, mean_and_deviation
+from recipes.report_tables import MISSING, Rows, Table, by_seed
 from recipes.run_folder import read_yaml
+from smear_peft.cards.runs import shown
 
 FILE = Path(__file__).with_name("paper.yaml")
 NOTE = (
@@ -38,7 +39,7 @@ def paper_table(rows: Rows) -> Table:
     ours = next(iter(rows.values()))[0].headline
     cells = []
     for row, values in recorded["rows"].items():
-        own = mean_and_deviation([scores[ours] for scores in by_seed(rows[row]).values()]) if row in rows else MISSING
+        own = shown([scores[ours] for scores in by_seed(rows[row]).values()]) if row in rows else MISSING
         # The last of the paper's columns is its headline: beside ours.
         theirs = [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in (values[-1], *values[:-1])]
         cells.append([row, own, *theirs])

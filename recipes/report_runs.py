@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from recipes.glue_scoring import score
 from recipes.image_scoring import by_domain
-from recipes.run_folder import read_json, read_yaml
+from smear_peft.cards.runs import Run as RunFolder
+from smear_peft.cards.runs import read_run as read_folder
 from smear_peft.routing import ROUTINGS, get_method
 
 MICRO, MACRO, AVERAGE, TASK_AVERAGE = "micro", "macro", "average", "task average"
@@ -23,34 +23,18 @@ PLACES = ("seed", "data_seed", "output_dir", "logging_dir", "run_name", "data_di
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run folder.
+class Run(RunFolder):
+    """A run folder with its scores.
 
     Attributes:
-        folder: where it is.
-        row: its folder's name without `-seed<n>`.
-        seed: of the training.
-        config: the resolved settings.
         scores: column -> percent; the last ones are means.
         uniform: the same under uniform routes, where that was tested.
         recomputed: whether the scores come from the predictions, or else as metrics.json has them.
-        metrics: what metrics.json holds.
     """
 
-    folder: Path
-    row: str
-    seed: int
-    config: dict[str, Any]
     scores: dict[str, float]
     uniform: dict[str, float] | None
     recomputed: bool
-    metrics: dict[str, Any]
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that were trained."""
-        trained = self.metrics["trained_parameters"]
-        return sum(trained.values()) if isinstance(trained, dict) else trained
 
     @property
     def headline(self) -> str:
@@ -91,9 +75,11 @@ def read_run(folder: Path) -> Run:
     """One run folder, checked.
 
     Raises:
+        FileNotFoundError: it is no complete run folder.
         ValueError: the predictions say something else than metrics.json.
     """
-    config, metrics = read_yaml(folder / "config.yaml"), read_json(folder / "metrics.json")
+    found = read_folder(folder)
+    config, metrics = found.config, found.metrics
     columns = _image_columns if "domains" in metrics else _glue_columns
     scores, recomputed = columns(metrics), (folder / "predictions.jsonl").is_file()
     if recomputed:
@@ -104,16 +90,8 @@ def read_run(folder: Path) -> Run:
                 f"{scores[other[0]]:.4f}. One of the two was changed; run the job again."
             )
         scores = again
-    return Run(
-        folder=folder,
-        row=re.sub(r"-seed\d+$", "", folder.name),
-        seed=config["seed"],
-        config=config,
-        scores=scores,
-        uniform=columns(metrics["uniform_routes"]) if "uniform_routes" in metrics else None,
-        recomputed=recomputed,
-        metrics=metrics,
-    )
+    uniform = columns(metrics["uniform_routes"]) if "uniform_routes" in metrics else None
+    return Run(folder, config, metrics, scores, uniform, recomputed)
 
 
 def _from_predictions(file: Path, config: dict[str, Any]) -> dict[str, Any]:

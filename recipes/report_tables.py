@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from scipy.stats import ttest_rel
 
 from recipes.report_runs import Run
+from smear_peft.cards.runs import shown
 
 Rows = Mapping[str, Sequence[Run]]
 Scores = dict[int, dict[str, float]]  # seed -> column -> percent
@@ -86,12 +87,6 @@ def missing_controls(rows: Rows) -> list[str]:
     return controls
 
 
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """`75.4 ± 0.9`; a single value has no deviation."""
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
 def scores_table(rows: Rows, speed: Mapping[str, Mapping[str, float]]) -> Table:
     """Every row by every task or domain, numbers trained, and what was measured of speed."""
     scores = with_controls(rows)
@@ -99,8 +94,8 @@ def scores_table(rows: Rows, speed: Mapping[str, Mapping[str, float]]) -> Table:
     measures = list(dict.fromkeys(name for row in rows for name in speed.get(row, {})))
     cells = []
     for row, seeds in scores.items():
-        found = [mean_and_deviation([values[column] for values in seeds.values()]) for column in columns]
-        trained = f"{rows[row][0].parameters / 1000:,.0f} k" if row in rows else MISSING  # controls train nothing
+        found = [shown([values[column] for values in seeds.values()]) for column in columns]
+        trained = f"{rows[row][0].trained / 1000:,.0f} k" if row in rows else MISSING  # controls train nothing
         timed = [f"{speed[row][name]:,.1f}" if name in speed.get(row, {}) else MISSING for name in measures]
         cells.append([row, *found, str(len(seeds)), trained, *timed])
     for row in missing_controls(rows):
@@ -170,7 +165,7 @@ def dropout_table(rows: Rows) -> Table | None:
         )
         both = [on[seed] - off[seed] for seed in sorted(on.keys() & off.keys())]
         change = f"{statistics.fmean(both):+.1f}" if both else MISSING
-        sides = [mean_and_deviation(list(some.values())) if some else MISSING for some in (off, on)]
+        sides = [shown(list(some.values())) if some else MISSING for some in (off, on)]
         cells.append([name, *sides, change, str(len(both))])
     columns = ["method", "without", "with expert dropout", "change", "seeds"]
     note = f"{MISSING}: not run. The change is the mean over the seeds that both sides have."

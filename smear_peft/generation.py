@@ -94,24 +94,36 @@ class Generation:
 
 
 class Watch(NamedTuple):
-    """A block's parameters as they were: where each is held, and how often it had been written in place."""
+    """What a block computes with, as it was.
+
+    Attributes:
+        training: its mode.
+        parts: owner, name and part of its own modules: surgery puts others in their place.
+        tensors: owner, name, tensor and its count of writes in place, of parameters and buffers (frozen experts).
+    """
 
     training: bool
-    held: tuple[tuple[dict[str, Any], str, nn.Parameter, int | None], ...]
+    parts: tuple[tuple[dict[str, Any], str, nn.Module], ...]
+    tensors: tuple[tuple[dict[str, Any], str, Tensor, int | None], ...]
 
     @classmethod
     def of(cls, block: SmearBlock) -> Watch:
         """The block as it is now; inference tensors do not count their writes."""
-        found = [(module._parameters, *entry) for module in block.modules() for entry in module._parameters.items()]
-        held = [(owner, name, p, None if p.is_inference() else p._version) for owner, name, p in found if p is not None]
-        return cls(block.training, tuple(held))
+        owners = [owner for module in block.modules() for owner in (module._parameters, module._buffers)]
+        found = [(owner, name, tensor) for owner in owners for name, tensor in owner.items() if tensor is not None]
+        tensors = [(*entry, None if entry[2].is_inference() else entry[2]._version) for entry in found]
+        parts = [(block._modules, name, part) for name, part in block._modules.items() if part is not None]
+        return cls(block.training, tuple(parts), tuple(tensors))
 
     def is_of(self, block: SmearBlock) -> bool:
-        """Whether the block has the same mode, and no parameter was written in place or replaced."""
+        """Whether the block has the same mode and parts, and no tensor of it was written in place or replaced."""
         if block.training is not self.training:
             return False
-        for owner, name, p, writes in self.held:  # once a step and block: `all()` takes twice as long
-            if owner[name] is not p or (writes is not None and p._version != writes):
+        for owner, name, part in self.parts:  # once a step and block: `all()` takes twice as long
+            if owner[name] is not part:
+                return False
+        for owner, name, tensor, writes in self.tensors:
+            if owner[name] is not tensor or (writes is not None and tensor._version != writes):
                 return False
         return True
 

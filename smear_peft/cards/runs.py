@@ -177,3 +177,9 @@ def hub_id(name: str | None) -> str | None:
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and standard deviation; a single value has none."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def shown(values: Sequence[float]) -> str:
+    """`75.4 ± 0.9`; a single value has no deviation."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"

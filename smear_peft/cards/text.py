@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from smear_peft.cards.data_sets import BASES, data_set_of, terms_of
 from smear_peft.cards.experts import experts_table
-from smear_peft.cards.runs import IMAGES, Number, Run, mean_and_deviation
+from smear_peft.cards.runs import IMAGES, Number, Run, shown
 from smear_peft.cards.snippets import loading_lines, using_lines
 from smear_peft.routing import ROUTINGS, get_method
 
@@ -138,7 +138,7 @@ def _results(runs: Sequence[Run], title: str, controls: Mapping[str, Sequence[Ru
         variants[CONTROL] = even
     variants |= {name: [one.numbers() for one in some] for name, some in controls.items() if name != title}
     cells = {
-        name: [_cell([one[place].value * run.scale for one in found]) for place in range(len(found[0]))]
+        name: [shown([one[place].value * run.scale for one in found]) for place in range(len(found[0]))]
         for name, found in variants.items()
     }
     titles = [number.title for number in run.numbers()]
@@ -162,11 +162,6 @@ def _results(runs: Sequence[Run], title: str, controls: Mapping[str, Sequence[Ru
     if CONTROL in cells:
         notes.append("Merged evenly, the same experts run with all routes equal: what the learned routes are worth.")
     return f"{table}\n\n{' '.join(notes)}"
-
-
-def _cell(values: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
 
 
 def _spread(run: Run) -> list[str]:

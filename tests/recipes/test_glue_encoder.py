@@ -48,7 +48,7 @@ def test_a_run_leaves_a_whole_folder(routing, base, tmp_path):
     assert run.recomputed
     assert run.headline == "average"
     assert len(run.scores) == 11 + 2
-    assert run.parameters == sum(metrics["trained_parameters"].values())
+    assert run.trained == sum(metrics["trained_parameters"].values())
 
 
 def test_a_broken_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch):
