@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from smear_peft.information import normalised
 from smear_peft.routing.base import Query, Router, one_hot
 from smear_peft.routing.mixture import Mixture, Use
 
@@ -107,16 +108,21 @@ class AdamixRouter(Router):
     def forward(self, query: Query) -> Mixture:
         """Chosen down (B,) and up (B,) in training; one uniform row (1, N) at inference."""
         device = query.device
-        counts = self.shares or [1.0] * self.num_experts
-        shares = torch.tensor([count / sum(counts) for count in counts], device=device)
         if not self.training:
-            return self.mixture(shares.unsqueeze(0))
+            return self.mixture(self._average(device))
         if self.shares is None:
             down, up = (torch.randint(self.num_experts, (query.rows,), device=device) for _ in range(2))
         else:
+            shares = self._average(device)[0]
             down, up = (torch.multinomial(shares, query.rows, replacement=True) for _ in range(2))
         halves = (one_hot(down, self.num_experts, torch.float32) + one_hot(up, self.num_experts, torch.float32)) / 2
         return Mixture(halves, Use.CHOOSE, down, chosen_up=up)
+
+    def _average(self, device: torch.device) -> Tensor:
+        """(1, N), each expert's share of the draws."""
+        if self.shares is None:
+            return torch.full((1, self.num_experts), 1 / self.num_experts, device=device)
+        return normalised(torch.tensor([self.shares], device=device))
 
 
 class SingleRouter(Router):
