@@ -1,17 +1,14 @@
 """docs/architectures.md names every row of the table of sites; its example prints what it says, the README's runs."""
 
-import contextlib
-import io
 import re
-from pathlib import Path
 
 import pytest
 
 from smear_peft.architectures import ARCHITECTURES
 
 from .families import kind_of
+from .pages import ROOT, examples, prints_what_it_says
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architectures.md").read_text()
 SEES = {"decoder": "the prompt", "image": "all positions", "timm": "all positions"}
 
@@ -27,11 +24,7 @@ def test_every_row_is_in_the_table():
 
 
 def test_the_example_prints_what_the_page_says():
-    code, printed = re.search(r"```python\n(.*?)```\n```text\n(.*?)```", PAGE, re.S).groups()
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(code, {})
-    assert out.getvalue() == printed
+    prints_what_it_says(PAGE)
 
 
 def test_fine_tuning_as_the_readme_has_it(tmp_path, monkeypatch, capsys):
@@ -39,8 +32,7 @@ def test_fine_tuning_as_the_readme_has_it(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
     from .test_trl import llama, tokenizer
 
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    code = next(code for code in examples if "trl" in code)
+    code = next(code for code in examples((ROOT / "README.md").read_text()) if "trl" in code)
     assert len(code.splitlines()) <= 25
     monkeypatch.chdir(tmp_path)
     llama().save_pretrained("base")

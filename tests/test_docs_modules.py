@@ -1,21 +1,20 @@
 """docs/modules.md runs as printed."""
 
-import re
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 from .models import t5_batch, tiny_t5
+from .pages import ROOT, examples, run_examples
 from .routed import TASKS, enliven, routed
 
-PAGE = (Path(__file__).parents[1] / "docs" / "modules.md").read_text()
+PAGE = (ROOT / "docs" / "modules.md").read_text()
 
 
 def test_every_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(examples) == 5
+    assert len(examples(PAGE)) == 5
     loader = [{**t5_batch(rows=6, seed=i), "routing_tags": torch.arange(6) % 3} for i in range(2)]
     names = {"model": routed(tasks=TASKS), "loader": loader, "batch": t5_batch(rows=6)}
     for n, name in enumerate(("art", "photo")):
@@ -23,9 +22,7 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
         enliven(plain, n).save_pretrained(f"adapters/{name}")
     for name in ("lora_a", "lora_b"):
         get_peft_model(tiny_t5(), LoraConfig(target_modules=["o"])).save_pretrained(f"adapters/{name}")
-    for code in examples:
-        names["base"] = tiny_t5()
-        exec(code, names)
+    run_examples(PAGE, names, before=lambda names: names.update(base=tiny_t5()))
     assert Path("collapsed/plain/adapter_model.safetensors").is_file()
     assert Path("table.json").is_file()
     assert Path("stock/adapter_model.safetensors").is_file()

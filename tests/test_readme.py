@@ -1,19 +1,14 @@
 """The README's first example runs as printed, and prints what it says."""
 
-import contextlib
-import io
 import re
-from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from .pages import ROOT, prints_what_it_says
+
+README = (ROOT / "README.md").read_text()
 
 
 def test_first_example_prints_what_the_readme_says():
-    code, printed = re.search(r"```python\n(.*?)```\n```text\n(.*?)```", README, re.S).groups()
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(code, {})
-    assert out.getvalue() == printed
+    prints_what_it_says(README)
 
 
 def test_config_table_shows_the_real_defaults():

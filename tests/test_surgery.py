@@ -1,49 +1,20 @@
-"""Experts are modules: what removing, splitting, adding, freezing and renaming leave as it was, in float64."""
-
-import copy
-import json
+"""Experts are modules: what removing, splitting, adding and renaming leave as it was, in float64."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 import smear_peft
 from smear_peft import SmearConfig, add_experts, freeze_experts, remove_experts, rename_experts, split_expert, trace
 from smear_peft.regroup import blocks_of
 
-from .models import images, t5_batch, tiny_resnet, tiny_t5
-from .routed import enliven, extras, one_graph, routed
+from .experts import FEW, KINDS, SHARING, answer, equal, exact, make, starve
+from .models import tiny_resnet, tiny_t5
+from .routed import enliven, extras, routed
 
-FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-SHARING = ["smear", "ensemble", "top_k", "st_gumbel", "reinforce", "latent_skills", "adamix", "soft_moe"]
-KINDS = ["t5", "resnet"]
 SITE = "encoder.block.0.layer.0.SelfAttention.o"
-
-
-def make(kind: str, **fields) -> nn.Module:
-    if kind == "resnet":
-        fields["train_layer_norms"] = None
-        return routed(tiny_resnet().double(), **{"norm": "auto", **fields}).double()
-    return routed(tiny_t5(num_layers=1, num_decoder_layers=1).double(), **fields).double()
-
-
-@torch.no_grad()
-def answer(model: nn.Module, kind: str, rows: int = 4, **extra: Tensor) -> Tensor:
-    model.eval()
-    return model(images(rows).double(), **extra) if kind == "resnet" else model(**t5_batch(rows), **extra).logits
-
-
-def equal(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> None:
-    """T5's own layer norms and attention run in float32 even in float64 models, whence the tolerance."""
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
-
-
-def exact(kind: str, routing: str = "smear") -> float:
-    """AdaMix's weights are float32 in any model."""
-    return 1e-11 if kind == "resnet" and routing != "adamix" else 1e-6
 
 
 @FEW
@@ -81,24 +52,6 @@ def test_copies_moved_apart_have_the_same_mean(routing):
     up = next(iter(blocks_of(model, "default").values())).state()["expert.up.weight"]
     assert (up[2] - up[3]).abs().max() > 0.01
     equal(answer(model, "resnet", **extras(routing, 4)), before, 1e-11)
-
-
-@torch.no_grad()
-def starve(model: nn.Module, expert: int) -> None:
-    """Make a router give an expert a weight of exactly zero, whatever the input, and differ on the others."""
-    for block in blocks_of(model, "default").values():
-        state = block.state()
-        if "skill.weight" in state:
-            state["skill.weight"][:, expert] = -800
-            continue
-        away = torch.randn(state["router.weight"].shape[1], dtype=torch.float64)
-        away = (away - away.mean()) / (away - away.mean()).norm()
-        state["router.input_norm.bias"].copy_(2000 * away)
-        state["router.weight_norm.weight"].fill_(0.3)
-        rows = state["router.weight"]
-        rows -= rows.mean(1, keepdim=True)
-        rows -= (rows @ away).unsqueeze(1) * away
-        rows[expert] = -away
 
 
 @FEW
@@ -243,137 +196,6 @@ def test_an_added_expert_takes_its_share_and_no_more():
     equal(after, before, 1e-7)
 
 
-OPTIMISERS = {
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3),
-    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.3),
-}
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
-    model.train()
-    for i in range(count):
-        optimizer.zero_grad()
-        model(images(4, seed=i).double()).square().mean().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("name", OPTIMISERS)
-@pytest.mark.parametrize("when", ["before", "between"])
-def test_frozen_experts_do_not_move(name, when):
-    model = make("resnet", expert_dropout=0.0)
-    optimizer = OPTIMISERS[name](trained(model))
-    if when == "between":
-        steps(model, optimizer)
-    before = answer(model, "resnet")
-    freeze_experts(model, [0, 2], optimizer=optimizer)
-    assert torch.equal(answer(model, "resnet"), before)
-
-    def all_experts() -> list[Tensor]:
-        blocks = blocks_of(model, "default").values()
-        return [b.expert.up.stacked("weight").clone() for b in blocks] + [
-            b.expert.down.stacked(kind).clone() for b in blocks for kind in ("weight", "bias")
-        ]
-
-    old = all_experts()
-    steps(model, optimizer)
-    for was, now in zip(old, all_experts(), strict=True):
-        assert torch.equal(now[[0, 2]], was[[0, 2]])
-        assert (now[1] != was[1]).any()
-    before = answer(model, "resnet")
-    freeze_experts(model, 0, frozen=False, optimizer=optimizer)
-    assert model.peft_config["default"].frozen_experts == [2]
-    assert torch.equal(answer(model, "resnet"), before)
-    old = all_experts()
-    steps(model, optimizer)
-    for was, now in zip(old, all_experts(), strict=True):
-        assert torch.equal(now[2], was[2])
-        assert (now[0] != was[0]).any()
-
-
-def test_all_experts_frozen_leaves_the_router_to_train():
-    model = make("resnet", expert_dropout=0.0)
-    freeze_experts(model)
-    optimizer = OPTIMISERS["AdamW"](trained(model))
-    block = next(iter(blocks_of(model, "default").values()))
-    experts, router = block.expert.up.stacked("weight").clone(), block.state()["router.weight"].clone()
-    steps(model, optimizer)
-    assert torch.equal(block.expert.up.stacked("weight"), experts)
-    assert not torch.equal(block.state()["router.weight"], router)
-
-
-@FEW
-@given(name=st.sampled_from(list(OPTIMISERS)), which=st.integers(0, 2))
-def test_training_goes_on_as_if_the_starved_expert_were_there(name, which):
-    models = [make("resnet", expert_dropout=0.0, router_init_std=0.01) for _ in range(2)]
-    for i, model in enumerate(models):
-        torch.manual_seed(7)
-        starve(model, which)
-        optimizer = OPTIMISERS[name](trained(model))
-        steps(model, optimizer, 2)
-        if i == 1:
-            remove_experts(model, which, optimizer=optimizer)
-        steps(model, optimizer, 2)
-    equal(answer(models[1], "resnet"), answer(models[0], "resnet"), 1e-9)
-
-
-def test_an_optimiser_that_was_not_told_fails_and_a_new_one_works():
-    model = make("resnet")
-    optimizer = OPTIMISERS["AdamW"](trained(model))
-    steps(model, optimizer)
-    remove_experts(model, 0)
-    with pytest.raises(RuntimeError, match=r"size|shape"):
-        steps(model, optimizer)
-    steps(model, OPTIMISERS["AdamW"](trained(model)))
-
-
-def test_state_of_another_shape_is_refused_before_anything_changes():
-    model = make("resnet")
-    optimizer = torch.optim.Adafactor(trained(model), lr=1e-3)
-    steps(model, optimizer)
-    before = answer(model, "resnet")
-    with pytest.raises(ValueError, match="Make a new optimiser"):
-        remove_experts(model, 0, optimizer=optimizer)
-    assert torch.equal(answer(model, "resnet"), before)
-
-
-@pytest.mark.parametrize("routing", SHARING)
-@pytest.mark.parametrize("door", ["load", "peft", "low memory"])
-def test_all_of_it_is_saved_and_reloads(routing, door, tmp_path):
-    model = routed(routing=routing)
-    rename_experts(model, ["a", "b", "c"])
-    split_expert(model, "b", names=["d"])
-    remove_experts(model, "a")
-    freeze_experts(model, ["b"])
-    config = model.peft_config["default"]
-    assert (config.expert_names, config.frozen_experts) == (["b", "c", "d"], [0])
-    assert config.expert_origins == ["the adapter's own", "the adapter's own", "split of b"]
-    assert config.expert_shares == [0.5, 1, 0.5]
-    before = answer(model, "t5", **extras(routing, 4))
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["format_version"] == 2
-    if door == "load":
-        again = smear_peft.load(tiny_t5(), tmp_path, "other")
-    else:
-        again = PeftModel.from_pretrained(tiny_t5(), tmp_path, "other", low_cpu_mem_usage=door == "low memory")
-    for name in ("expert_names", "expert_origins", "expert_shares", "frozen_experts", "num_experts"):
-        assert getattr(again.peft_config["other"], name) == getattr(config, name)
-    assert torch.equal(answer(again, "t5", **extras(routing, 4)), before)
-    split_expert(again, "b")
-    torch.testing.assert_close(answer(again, "t5", **extras(routing, 4)), before, rtol=0, atol=1e-4)
-
-
-def test_adapters_without_surgery_are_written_as_version_1(tmp_path):
-    routed().save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["format_version"] == 1
-    assert not {"expert_names", "expert_origins", "expert_shares", "frozen_experts"} & set(saved)
-
-
 def test_names_serve_for_everything():
     model = routed()
     assert rename_experts(model, {0: "cola", 1: "rte"}).expert_names == ["cola", "rte", "2"]
@@ -381,56 +203,3 @@ def test_names_serve_for_everything():
     assert split_expert(model, "rte").expert_names == ["cola", "rte", "sst2", "rte 2"]
     assert remove_experts(model, ["cola", "rte"]).expert_names == ["sst2", "rte 2"]
     assert rename_experts(model, None).expert_names is None
-
-
-def test_the_temperature_of_a_long_annealing_stays():
-    model = routed(routing="st_gumbel")
-    smear_peft.set_temperature(model, 0.7)
-    split_expert(model, 0)
-    assert {block.routing.temperature for block in blocks_of(model, "default").values()} == {0.7}
-
-
-def test_half_precision_experts_are_frozen_as_they_are(tmp_path):
-    model = routed(tiny_t5().bfloat16())
-    before = answer(model, "t5")
-    freeze_experts(model, [1])
-    assert torch.equal(answer(model, "t5"), before)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(answer(smear_peft.load(tiny_t5().bfloat16(), tmp_path), "t5"), before)
-
-
-def test_other_doors_open_to_adapters_after_surgery(tmp_path):
-    model = routed()
-    split_expert(model, 1)
-    freeze_experts(model, [0, 3])
-    before = answer(model, "t5")
-    assert torch.equal(answer(copy.deepcopy(model), "t5"), before)
-    model.save_pretrained(tmp_path)
-    native = tiny_t5()
-    native.load_adapter(str(tmp_path))
-    assert torch.equal(answer(native, "t5"), before)
-    assert torch.equal(answer(model.unload(), "t5"), answer(tiny_t5(), "t5"))
-
-
-@one_graph
-def test_a_compiled_model_takes_note_of_surgery():
-    model = routed()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(answer(compiled, "t5"), answer(model, "t5"))
-    freeze_experts(compiled, [0])
-    remove_experts(compiled, 2)
-    assert torch.equal(answer(compiled, "t5"), answer(model, "t5"))
-
-
-def test_surgery_on_an_adapter_of_transformers_itself(tmp_path):
-    model = tiny_t5()
-    model.add_adapter(SmearConfig(num_experts=3, bottleneck_dim=4), adapter_name="own")
-    enliven(model)
-    before = answer(model, "t5")
-    split_expert(model, 0)
-    assert model.peft_config["own"].num_experts == 4
-    torch.testing.assert_close(answer(model, "t5"), before, rtol=0, atol=1e-4)
-    model.save_pretrained(tmp_path)
-    again = tiny_t5()
-    again.load_adapter(str(tmp_path))
-    assert torch.equal(answer(again, "t5"), answer(model, "t5"))

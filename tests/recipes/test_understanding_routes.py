@@ -11,6 +11,7 @@ from recipes import report
 from recipes.resnet_domainnet import run
 from recipes.run_folder import read_yaml, write_yaml
 from smear_peft.analysis import read_routes, similarity, specialisation
+from tests.pages import run_examples
 from tests.recipes.pictures import job, picture_folder
 from tests.recipes.test_report import cells
 
@@ -43,8 +44,7 @@ def test_every_command_and_example_runs(runs, capsys):
         "smear_trained_uniform", "+0.0"]  # fmt: skip
     names: dict = {}
     capsys.readouterr()
-    for code in re.findall(r"```python\n(.*?)```", PAGE, re.S):
-        exec(code, names)
+    run_examples(PAGE, names)
     told = capsys.readouterr().out
     assert "over 2 seeds" in told
     assert len(re.findall(r"^layer\d\.\d\.act2: 0\.\d\d; most alike", told, re.M)) == 8
