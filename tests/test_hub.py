@@ -57,7 +57,7 @@ def test_a_model_is_pushed_in_one_commit_and_loads_through_every_door(hub, model
     assert torch.equal(answer(transformers_model), expected)
 
 
-def test_a_base_on_the_hub_is_named_so_that_auto_classes_find_it(hub, model, tmp_path):
+def test_a_base_on_the_hub_is_named_so_that_auto_classes_find_it(hub, model, tmp_path, monkeypatch):
     base = tiny_t5()
     base.save_pretrained(tmp_path / "base")
     huggingface_hub.create_repo("alice/tiny-t5")
@@ -65,6 +65,13 @@ def test_a_base_on_the_hub_is_named_so_that_auto_classes_find_it(hub, model, tmp
     push_to_hub(model, NAME, base_model="alice/tiny-t5")
     assert json.loads(hub.files(NAME)[CONFIG])["base_model_name_or_path"] == "alice/tiny-t5"
     assert torch.equal(answer(AutoPeftModelForSeq2SeqLM.from_pretrained(NAME)), answer(model))
+    other = routed(seed=1, task_type="SEQ_2_SEQ_LM")
+    push_to_hub(other, NAME, revision="seed1", base_model="alice/tiny-t5")
+    assert torch.equal(answer(AutoPeftModelForSeq2SeqLM.from_pretrained(NAME, revision="seed1")), answer(other))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert torch.equal(answer(AutoPeftModelForSeq2SeqLM.from_pretrained(NAME, revision="seed1")), answer(other))
+    assert hub.requests == []
 
 
 @pytest.mark.skipif(
