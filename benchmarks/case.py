@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
+from benchmarks.memory import peak_megabytes
+from benchmarks.roofline import Work, measured_rates, seconds
 from benchmarks.timing import medians
 
 Job = Callable[[], object]
@@ -16,6 +20,22 @@ class Pair(NamedTuple):
 
     ours: Job
     theirs: Job
+
+
+class Least(NamedTuple):
+    """What both jobs must do at least, for roofline.py.
+
+    Attributes:
+        ours: operations.
+        theirs: likewise.
+        dtype: of all numbers.
+        numbers: of the features.
+    """
+
+    ours: list[Work]
+    theirs: list[Work]
+    dtype: torch.dtype
+    numbers: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class Case:
         make: builds both jobs, and checks that they give the same numbers where they should.
         rounds: of which the median is taken.
         point: curve, mode and place on its axis, for the plots.
+        least: what must be done at least, where that was worked out.
     """
 
     what: str
@@ -37,14 +58,25 @@ class Case:
     make: Callable[[], Pair]
     rounds: int = 60
     point: tuple[str, str, int] | None = None
+    least: Least | None = None
 
 
 class Measured(NamedTuple):
-    """A case's seconds of thread CPU time."""
+    """A case's figures.
+
+    Attributes:
+        case: what was measured.
+        ours: seconds; of thread CPU time, or on a CUDA device of its events.
+        theirs: likewise.
+        limits: seconds that both need at least on this machine (roofline.py); None where they were not worked out.
+        megabytes: peak memory of both on a CUDA device; None elsewhere.
+    """
 
     case: Case
     ours: float
     theirs: float
+    limits: tuple[float, float] | None = None
+    megabytes: tuple[float | None, float | None] | None = None
 
     @property
     def ratio(self) -> float:
@@ -57,8 +89,40 @@ class Measured(NamedTuple):
         return None if self.case.target is None else self.ratio <= self.case.target
 
 
-def measure(case: Case, rounds: int | None = None) -> Measured:
-    """Interleaved medians of a case."""
-    pair = case.make()
-    seconds = medians(pair._asdict(), rounds or case.rounds)
-    return Measured(case, seconds["ours"], seconds["theirs"])
+def measure(case: Case, rounds: int | None = None, device: str = "cpu") -> Measured:
+    """Interleaved medians of a case.
+
+    Args:
+        case: what to measure.
+        rounds: instead of the case's own.
+        device: "cpu", or "cuda", where all jobs run under bfloat16 autocast and their peak memory is measured, too.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        pair = case.make()
+    if device == "cpu":
+        found = medians(pair._asdict(), rounds or case.rounds)
+        return Measured(case, found["ours"], found["theirs"], limits(case.least))
+    jobs = {name: in_half(job, device) for name, job in pair._asdict().items()}
+    found = medians(jobs, rounds or case.rounds, device=device)
+    peaks = (peak_megabytes(jobs["ours"]), peak_megabytes(jobs["theirs"]))
+    return Measured(case, found["ours"], found["theirs"], None, peaks)
+
+
+def limits(least: Least | None) -> tuple[float, float] | None:
+    """The least seconds of both jobs on one thread of this machine."""
+    if least is None:
+        return None
+    rates = measured_rates(least.dtype, least.numbers)
+    ours, theirs = (seconds(work, rates, least.dtype.itemsize) for work in (least.ours, least.theirs))
+    return ours, theirs
+
+
+def in_half(job: Job, device: str) -> Job:
+    """The job under bfloat16 autocast."""
+
+    def run() -> object:
+        with torch.autocast(device, torch.bfloat16):
+            return job()
+
+    return run

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import transcription
-from benchmarks.case import Case, Pair
+from benchmarks.case import Case, Least, Pair
+from benchmarks.roofline import Shape, adapter, smear
 from benchmarks.timing import forward, training
 from smear_peft import SmearConfig
 from smear_peft.block import SmearBlock
@@ -52,16 +53,15 @@ def make_block(site: Site = ENCODER, **fields: Any) -> SmearBlock:
         fields: of its `SmearConfig`.
     """
     block = SmearBlock(site, SmearConfig(**{"num_experts": EXPERTS, "expert_dropout": 0.0, **fields}))
-    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in block.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=draw))
+            p.add_(0.02 * torch.randn_like(p))
     return block
 
 
 def features(batch: int, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random features (B, L, D)."""
-    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(batch, length, WIDTH).to(dtype)
 
 
 def running(block: SmearBlock, context: RoutingContext) -> Callable[[Tensor], Tensor]:
@@ -138,21 +138,38 @@ def check(block: SmearBlock, routing: str, x: Tensor, context: RoutingContext) -
             )
 
 
+def plain_case(batch: int, length: int, train: bool, target: float, dtype: torch.dtype = torch.float32) -> Case:
+    """SMEAR beside a plain adapter, with what both must do at least."""
+    shape = Shape(batch, length, WIDTH, BOTTLENECK, EXPERTS)
+    least = Least(smear(shape, train), adapter(shape, train), dtype, batch * length * WIDTH)
+    what = f"{'training' if train else 'forward'}, B={batch} S={length}{', bf16' if dtype == torch.bfloat16 else ''}"
+    return Case(what, "plain", target, partial(against_plain, batch, length, train, dtype), least=least)
+
+
+def decode_case(sources: int, beams: int, target: float) -> Case:
+    """A decoding step beside a plain adapter's, with what both must do at least."""
+    shape = Shape(sources * beams, 1, WIDTH, BOTTLENECK)
+    ours = adapter(shape._replace(merged=sources), train=False)
+    least = Least(ours, adapter(shape, train=False), torch.float32, sources * 2 * WIDTH * BOTTLENECK)
+    what = f"decode step, {f'{sources} sources of {beams} beams' if beams > 1 else f'B={sources}'}"
+    return Case(what, "plain", target, partial(decode_step, sources, beams), 300, least=least)
+
+
 def cases() -> list[Case]:
     """The cases that have targets."""
     half = torch.bfloat16
     found = [
-        Case("forward, B=16 S=128", "plain", 1.10, partial(against_plain, 16, 128, False)),
-        Case("training, B=16 S=128", "plain", 1.15, partial(against_plain, 16, 128, True)),
-        Case("training, B=16 S=32", "plain", 1.45, partial(against_plain, 16, 32, True)),
-        Case("forward, B=16 S=128, bf16", "plain", 1.20, partial(against_plain, 16, 128, False, half)),
-        Case("training, B=16 S=128, bf16", "plain", 1.30, partial(against_plain, 16, 128, True, half)),
-        Case("training, B=32 S=1", "plain", 2.0, partial(against_plain, 32, 1, True)),
-        Case("training, B=32 S=8", "plain", 2.0, partial(against_plain, 32, 8, True)),
-        Case("decode step, B=1", "plain", 1.0, partial(decode_step, 1, 1), 300),
-        Case("decode step, B=8", "plain", 1.25, partial(decode_step, 8, 1), 300),
-        Case("decode step, B=32", "plain", 2.8, partial(decode_step, 32, 1), 300),
-        Case("decode step, 8 sources of 4 beams", "plain", 1.6, partial(decode_step, 8, 4), 300),
+        plain_case(16, 128, False, 1.10),
+        plain_case(16, 128, True, 1.15),
+        plain_case(16, 32, True, 1.45),
+        plain_case(16, 128, False, 1.20, half),
+        plain_case(16, 128, True, 1.30, half),
+        plain_case(32, 1, True, 2.0),
+        plain_case(32, 8, True, 2.0),
+        decode_case(1, 1, 1.0),
+        decode_case(8, 1, 1.25),
+        decode_case(32, 1, 2.8),
+        decode_case(8, 4, 1.6),
         Case("training, N=64, B=16 S=128", "N=8", 1.45, partial(growth, 16, 128, 8, 64)),
         Case("ensemble, training, B=16 S=128", "transcription", 0.25,
              partial(against_transcription, "ensemble", 16, 128, True)),

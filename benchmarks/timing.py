@@ -1,4 +1,4 @@
-"""Interleaved medians of thread CPU time: ratios that hold on shared and noisy machines."""
+"""Interleaved medians of thread CPU time (CUDA: of events): ratios that hold on shared and noisy machines."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 
-def medians(jobs: Mapping[str, Callable[[], object]], repeats: int, seed: int = 0) -> dict[str, float]:
-    """Median seconds of this thread's CPU time of each job.
+def medians(
+    jobs: Mapping[str, Callable[[], object]], repeats: int, seed: int = 0, device: str = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each job, of this thread's CPU time or between two events of a CUDA device.
 
     The jobs take turns in a new random order each round. A round calls each one twice and times the second call, so
     that every job finds caches and allocator as itself has left them.
@@ -21,16 +23,33 @@ def medians(jobs: Mapping[str, Callable[[], object]], repeats: int, seed: int = 
         jobs: name -> what to time.
         repeats: rounds.
         seed: of the order.
+        device: where the jobs run.
     """
+    timed = thread_seconds if device == "cpu" else cuda_seconds
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(repeats):
         for name in order.sample(list(jobs), len(jobs)):
             jobs[name]()
-            start = time.thread_time()
-            jobs[name]()
-            seconds[name].append(time.thread_time() - start)
+            seconds[name].append(timed(jobs[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def thread_seconds(job: Callable[[], object]) -> float:
+    """CPU time of this thread."""
+    start = time.thread_time()
+    job()
+    return time.thread_time() - start
+
+
+def cuda_seconds(job: Callable[[], object]) -> float:
+    """Between two events on the current stream of a CUDA device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    job()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def forward(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:

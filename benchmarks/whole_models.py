@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -21,6 +22,7 @@ from benchmarks.text_block import BOTTLENECK, EXPERTS, WIDTH, PlainAdapter
 from smear_peft import SmearConfig, list_sites
 
 T5_BASE = {"d_model": WIDTH, "d_ff": 2048, "d_kv": 64, "num_heads": 12, "num_layers": 12, "vocab_size": 32128}
+VOCABULARY = 32000  # token ids that questions are made of
 IMAGE_EXPERTS, IMAGE_BOTTLENECK, PIXELS, IMAGES = 6, 32, 112, 16
 CLASSES = 345
 
@@ -93,7 +95,7 @@ def with_adapters(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
     return model
 
 
-def new_t5(**sizes: int) -> T5ForConditionalGeneration:
+def new_t5(**sizes: Any) -> T5ForConditionalGeneration:
     """A T5.1.1 with random weights and without dropout."""
     torch.manual_seed(0)
     config = T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0, **sizes)
@@ -119,7 +121,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 def questions(batch: int, length: int) -> dict[str, Tensor]:
     """Random tokens, all attended."""
-    ids = torch.randint(2, 32000, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2, VOCABULARY, (batch, length))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -193,7 +195,7 @@ def resnet_pair(against: str, ours_last: bool, theirs_last: bool, train: bool) -
     """SMEAR beside another ResNet, each in its memory format; the base's batch norms stay as they are."""
 
     def job(model: nn.Module, last: bool) -> Callable[[], object]:
-        images = torch.randn(IMAGES, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(1))
+        images = torch.randn(IMAGES, 3, PIXELS, PIXELS)
         images = images.to(memory_format=torch.channels_last) if last else images
         trained = [p for p in model.parameters() if p.requires_grad]
         model.eval()

@@ -1,0 +1,28 @@
+"""The text block's cases for pytest-benchmark, which keeps what it measured and compares commits.
+
+pip install 'smear-peft[bench]'
+OMP_WAIT_POLICY=PASSIVE pytest benchmarks/bench_text_block.py --benchmark-autosave --benchmark-group-by=param:case
+OMP_WAIT_POLICY=PASSIVE pytest benchmarks/bench_text_block.py --benchmark-compare
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.case import Case
+from benchmarks.text_block import cases
+
+
+@pytest.mark.parametrize("who", ["ours", "theirs"])
+@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.what} against {case.against}")
+@pytest.mark.benchmark(timer=time.thread_time, warmup=True)
+def test_block(benchmark: BenchmarkFixture, case: Case, who: str) -> None:
+    """One job of a case; `case.make` has checked its numbers."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    pair = case.make()
+    benchmark(pair.ours if who == "ours" else pair.theirs)
