@@ -1,4 +1,4 @@
-"""docs/routing.md says of every method what the registry says."""
+"""docs/routing.md says of every method what the registry says; no page names a file that is not there."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from smear_peft import ROUTINGS
 from smear_peft.routing import get_method
 
-PAGE = (Path(__file__).parents[1] / "docs" / "routing.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "routing.md").read_text()
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -33,3 +34,17 @@ def test_every_method_is_described(name):
 def test_no_section_is_left_over():
     titles = re.findall(r"^## (\w+)$", PAGE, re.M)
     assert titles == list(ROUTINGS)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = "|".join(["tests", "docs", "recipes", "smear_peft", "benchmarks", "results", "model_cards"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page):
+    text = page.read_text()
+    linked = [page.parent / target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
+    named = [ROOT / path for path in re.findall(rf"`((?:{ROOMS})/[^\s`<>{{]+)`", text)]
+    missing = [str(path) for path in (*linked, *named) if not list(path.parent.glob(path.name))]
+    assert linked or named
+    assert not missing
