@@ -33,6 +33,7 @@ from recipes.run_folder import write_json, write_text
 GROUPS = {
     "block": lambda: [case for case in text_block.cases() if not case.what.startswith("decode")],
     "decode": lambda: [case for case in text_block.cases() if case.what.startswith("decode")],
+    "ways": text_block.ways,
     "curves": text_block.curves,
     "models": whole_models.cases,
     "rivals": rivals.cases,

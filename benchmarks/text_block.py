@@ -122,6 +122,37 @@ def decode_step(sources: int, beams: int) -> Pair:
     return Pair(job(block, running(block, context), x, False), job(plain, plain, x, False))
 
 
+def projecting(batch: int, length: int) -> Pair:
+    """Training with every expert's products, averaged, beside merging the experts first."""
+    experts, x = make_block().expert, features(batch, length)
+    weights = torch.randn(batch, EXPERTS).softmax(-1)
+    torch.testing.assert_close(experts.projected(x, weights), experts.run(x, experts.merged(weights)))
+    return Pair(
+        job(experts, lambda tokens: experts.projected(tokens, weights), x, True),
+        job(experts, lambda tokens: experts.run(tokens, experts.merged(weights)), x, True),
+    )
+
+
+def grouping(batch: int, length: int, train: bool) -> Pair:
+    """Rows that chose the same expert run together, beside a copy of its parameters for each row."""
+    experts, x = make_block().expert, features(batch, length)
+    chosen = torch.randint(EXPERTS, (batch,))
+    torch.testing.assert_close(experts.choose(x, chosen), experts.run(x, experts.gathered(chosen, chosen)))
+    return Pair(
+        job(experts, lambda tokens: experts.choose(tokens, chosen), x, train),
+        job(experts, lambda tokens: experts.run(tokens, experts.gathered(chosen, chosen)), x, train),
+    )
+
+
+def ways() -> list[Case]:
+    """The ways to run experts that come in beside merging, each where it saves more than a tenth."""
+    return [
+        Case("project with every expert, training, B=32 S=1", "merge", 0.9, partial(projecting, 32, 1)),
+        Case("group equal choices, forward, B=64 S=1", "gather", 0.9, partial(grouping, 64, 1, False)),
+        Case("group equal choices, training, B=64 S=1", "gather", 0.9, partial(grouping, 64, 1, True)),
+    ]
+
+
 def check(block: SmearBlock, routing: str, x: Tensor, context: RoutingContext) -> None:
     """The block gives what its transcription gives.
 

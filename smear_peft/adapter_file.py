@@ -141,7 +141,7 @@ def check_beside(config: SmearConfig, folder: Path) -> None:
     if not file.exists():
         _refuse_pickled(folder)
         return
-    with _opened(file) as tensors:
+    with opened(file) as tensors:
         names = list(tensors.keys())
         if not any(name.endswith(EXPERTS) for name in names):
             raise ValueError(f"{file} holds no experts: {len(names)} tensors{_examples(sorted(names))}.")
@@ -163,8 +163,12 @@ def _check_sizes(file: Path, name: str, shape: list[int], config: SmearConfig) -
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file. What is wrong with the file itself becomes a ValueError."""
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: it is none, or is damaged.
+    """
     if not file.is_file():  # to read from a pipe would be to wait for ever
         raise ValueError(f"{file} is no file.")
     try:
@@ -236,7 +240,7 @@ def check_tensors(file: Path, expected: dict[str, Tensor], optional: Iterable[st
     Raises:
         ValueError: the file is damaged, or holds something else; the message names the file and the first such tensors.
     """
-    with _opened(file) as tensors:
+    with opened(file) as tensors:
         names = set(tensors.keys())
         _check_names(file, names, set(expected), set(optional))
         for name in sorted(names):

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from smear_peft.adapter_file import LARGEST_CONFIG
+from smear_peft.adapter_file import LARGEST_CONFIG, opened
 from smear_peft.config import SmearConfig
 from smear_peft.loading import PREFIX
 from smear_peft.plain import widened_to
@@ -53,7 +53,8 @@ def read_lora(
         The configuration, `routing="single"`, `expert_type="lora"`, and the tensors by their names in a SMEAR file.
 
     Raises:
-        ValueError: it is no plain LoRA (DoRA, biases, ranks that differ), or does not fit the base model.
+        ValueError: it is no plain LoRA (DoRA, biases, ranks that differ), does not fit the base model, or its file is
+            damaged.
     """
     found = LoraConfig.from_pretrained(str(folder))
     odd = {n: getattr(found, n) for n, v in PLAIN.items() if getattr(found, n, v) not in (v, None)}
@@ -62,8 +63,12 @@ def read_lora(
     scaling = found.lora_alpha / (math.sqrt(found.r) if found.use_rslora else found.r)
     tensors: dict[str, Tensor] = {}
     sites = []
-    for name, tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items():
-        if name.endswith(A):
+    with opened(folder / SAFETENSORS_WEIGHTS_NAME) as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, tensor in stored.items():
+        if tensor.ndim != 2:
+            tensors[name] = tensor
+        elif name.endswith(A):
             sites.append(name.removesuffix(A).removeprefix(PREFIX))
             tensors[f"{name.removesuffix(A)}.smear_block.expert.down.weight"] = tensor.T.unsqueeze(0).contiguous()
         elif name.endswith(B):

@@ -67,7 +67,7 @@ def test_the_command_writes_table_and_figures(tmp_path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "speed"], "block, decode, curves, models, rivals"),
+        (["--only", "speed"], "block, decode, ways, curves, models, rivals"),
         pytest.param(
             ["--device", "cuda"],
             "sees no CUDA device",

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import smear_peft
@@ -166,6 +167,23 @@ def test_what_is_no_plain_lora_is_refused(tmp_path):
         stock(tmp_path / name, 1, **fields)
         with pytest.raises(ValueError, match=why):
             pool(tiny_t5(), [tmp_path / "good", tmp_path / name])
+
+
+def test_a_damaged_lora_is_refused(tmp_path):
+    stock(tmp_path / "good", 0)
+    file = tmp_path / "good" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    name = next(iter(tensors))
+    for damage, why in (
+        (lambda: file.write_bytes(whole[:-7]), "cannot be read"),
+        (lambda: file.write_bytes(b""), "cannot be read"),
+        (lambda: save_file({**tensors, name: tensors[name].unsqueeze(0)}, file), "does not fit"),
+        (lambda: save_file({**tensors, name: tensors[name] / 0}, file), "NaN or infinity"),
+    ):
+        damage()
+        with pytest.raises(ValueError, match=why):
+            pool(tiny_t5(), [tmp_path / "good", tmp_path / "good"])
 
 
 @pytest.mark.parametrize(
