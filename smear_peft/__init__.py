@@ -14,6 +14,7 @@ register()
 from smear_peft.cluster import Clusters, cluster_routes  # noqa: E402
 from smear_peft.collapse import Collapsed, collapse  # noqa: E402
 from smear_peft.config import SmearConfig  # noqa: E402
+from smear_peft.ia3 import save_ia3  # noqa: E402
 from smear_peft.layer import SmearLayer  # noqa: E402
 from smear_peft.loading import load  # noqa: E402
 from smear_peft.lora import save_lora  # noqa: E402
@@ -71,6 +72,7 @@ __all__ = [
     "remove_experts",
     "rename_experts",
     "routed_loss",
+    "save_ia3",
     "save_lora",
     "set_temperature",
     "split_expert",

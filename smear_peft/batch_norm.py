@@ -1,11 +1,52 @@
-"""Frozen means frozen: the base's BatchNorms keep their running statistics while the adapter trains."""
+"""BatchNorms: the base's keep their statistics while an adapter trains; a block's can be folded into its experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from smear_peft.block import EPS
+
+
+class Affine(NamedTuple):
+    """What a BatchNorm does at inference: x -> scale x + shift, both (..., D) in float64."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, norm: Mapping[str, Tensor]) -> Affine:
+        """From its weight, bias, running_mean and running_var."""
+        weight, bias, mean, var = (norm[name].detach().double() for name in PARTS)
+        scale = weight / (var + EPS).sqrt()
+        return cls(scale, bias - mean * scale)
+
+
+PARTS = ("weight", "bias", "running_mean", "running_var")
+
+
+def behind(norm: Affine, own: Affine, down: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The first layer of an expert, so that behind one BatchNorm it does what it did behind its own.
+
+    With s', t' of the other norm, s x + t = (s / s') (s' x + t') + (t - t' s / s'); the layer takes up the factor and
+    the rest.
+
+    Args:
+        norm: that it is to stand behind.
+        own: that it was trained behind.
+        down: (D, r).
+        bias: (r,).
+
+    Raises:
+        ValueError: the other norm lets nothing through in a channel.
+    """
+    if not bool(norm.scale.all()):
+        raise ValueError("A BatchNorm has a weight of 0, so an expert behind it cannot see what it saw elsewhere.")
+    ratio = own.scale / norm.scale
+    more = (own.shift - norm.shift * ratio) @ down.double()
+    return (ratio.unsqueeze(1) * down.double()).to(down.dtype), (bias.double() + more).to(bias.dtype)
 
 
 def hold_statistics(module: nn.Module, args: tuple[Any, ...]) -> None:

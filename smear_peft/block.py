@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from smear_peft.context import RoutingContext, check_mask, pool
 from smear_peft.experts import BottleneckExperts, Expert
+from smear_peft.ia3_experts import ScalingExperts
 from smear_peft.lora_experts import LoraExperts
 from smear_peft.precision import cast, without_autocast
 from smear_peft.prompt import missing
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 EPS = 1e-5
 MOMENTUM = 0.1
-EXPERTS: dict[str, type[BottleneckExperts]] = {"bottleneck": BottleneckExperts, "lora": LoraExperts}
+EXPERTS: dict[str, type[BottleneckExperts]] = {
+    "bottleneck": BottleneckExperts, "lora": LoraExperts, "ia3": ScalingExperts,
+}  # fmt: skip
 
 
 class SmearBlock(nn.Module):
@@ -216,7 +219,7 @@ class SmearBlock(nn.Module):
         So do frozen experts, which PEFT, for which they are no parameters, would not widen.
         """
         self.to(device=device, dtype=dtype)
-        for linear in (self.expert.down, self.expert.up):
+        for linear in self.expert.halves():
             linear.keep_float32()
         if isinstance(self.norm, nn.BatchNorm2d) and dtype in (torch.bfloat16, torch.float16):
             for name in ("running_mean", "running_var"):

@@ -231,7 +231,7 @@ def _of_task(
     if all(block.routing.reads == "nothing" for block in blocks.values()):
         found = {}
         for site, block in blocks.items():
-            device = block.expert.down.weight.device
+            device = block.expert.up.weight.device
             with evaluating(block.routing):
                 mixture = block.routing(Query(1, device, tags=torch.tensor([tag], device=device)))
             found[site] = mixture.weights[0].double().cpu()

@@ -139,7 +139,7 @@ class SmearConfig(ExpertFields, PeftConfig):
         self._check_tasks()
         method = get_method(self.routing)
         self.check_experts(self.num_experts, self.routing, method.router)
-        self.check_kind(self.norm, self.placement)
+        self.check_kind(self.norm, self.placement, self.bottleneck_dim)
         if not all(map(self.is_plain, SINCE_2)):
             self.format_version = max(self.format_version, 2)
         method.check(self)

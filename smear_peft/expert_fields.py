@@ -21,7 +21,8 @@ class ExpertFields:
     """The fields of `SmearConfig` that version 1 of the format does not know: kind of expert, and lists by expert."""
 
     expert_type: str = setting(
-        "bottleneck: adapters (paper); lora: LoRA pairs on linear layers, which have no norm and no activation.",
+        "bottleneck: adapters (paper); lora: LoRA pairs on linear layers; ia3: (IA)^3 vectors that scale what a module "
+        "gives. Both have no norm and no activation.",
         "bottleneck",
     )
     lora_merge: str = setting(
@@ -45,19 +46,25 @@ class ExpertFields:
         """Whether a field of this class says nothing that version 1 would not mean."""
         return getattr(self, name) == type(self).__dataclass_fields__[name].default
 
-    def check_kind(self, norm: str, placement: str) -> None:
-        """Check the kind of expert, and what LoRA pairs cannot have.
+    def check_kind(self, norm: str, placement: str, bottleneck_dim: int | None) -> None:
+        """Check the kind of expert, and what LoRA pairs and (IA)^3 vectors cannot have.
 
         Raises:
-            ValueError: it is unknown, or does not go with the norm or the placement.
+            ValueError: it is unknown, or does not go with the norm, the placement or the bottleneck.
         """
-        for name, choices in (("expert_type", ("bottleneck", "lora")), ("lora_merge", ("factors", "products"))):
+        for name, choices in (("expert_type", KINDS), ("lora_merge", ("factors", "products"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; possible: {', '.join(choices)}.")
-        if self.expert_type == "lora" and (norm not in ("auto", "none") or placement != "auto"):
+        if self.expert_type != "bottleneck" and (norm not in ("auto", "none") or placement != "auto"):
+            place = "beside its layer" if self.expert_type == "lora" else "behind its module"
             raise ValueError(
-                f"expert_type='lora' has no norm, and its place is beside its layer: leave norm={norm!r} and "
+                f"expert_type={self.expert_type!r} has no norm, and its place is {place}: leave norm={norm!r} and "
                 f"placement={placement!r} at 'auto'."
+            )
+        if self.expert_type == "ia3" and bottleneck_dim is not None:
+            raise ValueError(
+                f"expert_type='ia3' has one number a channel and no bottleneck: leave bottleneck_dim={bottleneck_dim} "
+                "at None."
             )
 
     def check_experts(self, num_experts: int, routing: str, router: type[Router]) -> None:
@@ -96,5 +103,6 @@ class ExpertFields:
         return list(self.expert_names or map(str, range(num_experts)))
 
 
+KINDS = ("bottleneck", "lora", "ia3")
 FIELDS = ("expert_names", "expert_origins", "expert_shares", "frozen_experts")
 SINCE_2 = tuple(ExpertFields.__dataclass_fields__)

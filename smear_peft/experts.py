@@ -107,6 +107,10 @@ class BottleneckExperts(nn.Module):
             else:
                 nn.init.normal_(tensor, std=std)
 
+    def halves(self) -> list[StackedLinear]:
+        """The stacked maps that experts are made of."""
+        return [child for child in self.children() if isinstance(child, StackedLinear)]
+
     def select(self, mixture: Mixture, dtype: torch.dtype) -> Expert | None:
         """The parameters that a mixture wants run, in the features' dtype; None where several experts run apart.
 
@@ -138,6 +142,13 @@ class BottleneckExperts(nn.Module):
         """Expert down_index (R,) for the way down, up_index (R,) for the way up."""
         down, bias, up = self._stacked()
         return Expert(down.index_select(0, down_index), bias.index_select(0, down_index), up.index_select(0, up_index))
+
+    def summed(self, index: Sequence[int], factors: Sequence[float]) -> Expert:
+        """The sum of K experts' outputs, each times a factor, as one expert: (D, K r), (K r,), (K r, D)."""
+        places = torch.tensor(index, device=self.up.weight.device)
+        chosen = self.gathered(places, places)
+        up = chosen.up * chosen.up.new_tensor(factors)[:, None, None]
+        return Expert(chosen.down.transpose(0, 1).flatten(1), chosen.bias.flatten(), up.flatten(0, 1))
 
     def run(self, tokens: Tensor, expert: Expert) -> Tensor:
         """Tokens (R, L, D) through one expert per row, or through a single one: (R, L, D)."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from smear_peft.adapter_file import LARGEST_CONFIG, opened
 from smear_peft.config import SmearConfig
 from smear_peft.loading import PREFIX
 from smear_peft.plain import widened_to
-from smear_peft.regroup import blocks_of, config_of, the_adapter
+from smear_peft.stock import stock_parts, write_stock
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 PLAIN = {
@@ -105,34 +103,10 @@ def save_lora(model: PeftModel, folder: str | Path, adapter: str | None = None) 
     Raises:
         ValueError: it is no such adapter, or trains layer norms, which a LoRA has not.
     """
-    adapter = the_adapter(model, adapter)
-    config = config_of(model, adapter)
-    if config.routing != "single" or config.expert_type != "lora" or config.train_layer_norms:
-        raise ValueError(
-            f"A stock LoRA is one pair a site and no layer norms; adapter {adapter!r} has routing={config.routing!r}, "
-            f"expert_type={config.expert_type!r}, train_layer_norms={config.train_layer_norms}. smear_peft.collapse "
-            "makes a plain adapter of a routed one of LoRA pairs."
-        )
-    blocks = blocks_of(model, adapter)
+    blocks, tensors, fields = stock_parts(model, adapter, "lora")
     rank = max(block.site.bottleneck for block in blocks.values())
-    found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    tensors = {name: tensor for name, tensor in found.items() if ".smear_block." not in name}
     for site, block in blocks.items():
         pair = widened_to({name: tensor.detach() for name, tensor in block.state().items()}, rank)
         tensors[f"{PREFIX}{site}{A}"] = pair["expert.down.weight"][0].T
         tensors[f"{PREFIX}{site}{B}"] = pair["expert.up.weight"][0].T
-    stock = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=sorted(blocks),
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        inference_mode=True,
-    )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f"{SAFETENSORS_WEIGHTS_NAME}.part"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
-    os.replace(beside, folder / SAFETENSORS_WEIGHTS_NAME)
-    stock.save_pretrained(str(folder))
+    write_stock(folder, LoraConfig(r=rank, lora_alpha=rank, **fields), tensors)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor, nn
 
 from smear_peft.block import SmearBlock
-from smear_peft.experts import BottleneckExperts, Expert
+from smear_peft.experts import Expert
 from smear_peft.routing.mixture import Mixture, Use
 
 
@@ -31,26 +28,23 @@ def plain_tensors(block: SmearBlock, weights: Tensor, merge: bool) -> dict[str, 
         ValueError: the method has no weights per example (soft_moe).
     """
     experts = block.expert
-    weights = weights.to(experts.down.weight.device).unsqueeze(0)
+    weights = weights.to(experts.up.weight.device).unsqueeze(0)
     mixture = Mixture(weights) if merge else block.routing.mixture(weights)
     if experts.sums_outputs and mixture.use is Use.MERGE:
         mixture = Mixture(weights, Use.MIX)
     index, factors, after = _parts(mixture, block.config.gate == "after_norm")
     if mixture.use is Use.MERGE:
-        merged = experts.merged(weights)
-        plain = Expert(merged.down[0], merged.bias[0], merged.up[0])
+        plain = Expert(*(tensor[0] for tensor in experts.merged(weights)))
     else:
-        plain = _side_by_side(experts, index, factors)
+        plain = experts.summed(index, factors)
     norm = {} if block.norm is None else {name: t.detach().clone() for name, t in block.norm.state_dict().items()}
     if after != 1 and isinstance(block.norm, nn.LayerNorm):
         norm = {name: tensor * after for name, tensor in norm.items()}
     elif after != 1:
         plain = plain._replace(up=plain.up * after)
-    dtype = experts.down.weight.dtype
-    expert = {"down.weight": plain.down, "up.weight": plain.up}
-    if experts.down.bias is not None:
-        expert["down.bias"] = plain.bias
-    found = {f"expert.{name}": tensor.detach().to(dtype).unsqueeze(0).clone() for name, tensor in expert.items()}
+    dtype, parts = experts.up.weight.dtype, {"down.weight": plain.down, "down.bias": plain.bias, "up.weight": plain.up}
+    own = [name for name, _ in experts.named_parameters()]
+    found = {f"expert.{name}": parts[name].detach().to(dtype).unsqueeze(0).clone() for name in own}
     return found | {f"norm.{name}": tensor for name, tensor in norm.items()}
 
 
@@ -65,13 +59,6 @@ def _parts(mixture: Mixture, gate_after_norm: bool) -> tuple[list[int], list[flo
     if not gate_after_norm:
         return index, gates, 1.0
     return index, [gate / sum(gates) for gate in gates], sum(gates)
-
-
-def _side_by_side(experts: BottleneckExperts, index: Sequence[int], factors: Sequence[float]) -> Expert:
-    """The sum of K experts, each times a factor, as one expert of width K r."""
-    chosen = experts.gathered(*[torch.tensor(index, device=experts.down.weight.device)] * 2)
-    up = chosen.up * chosen.up.new_tensor(factors)[:, None, None]
-    return Expert(chosen.down.transpose(0, 1).flatten(1), chosen.bias.flatten(), up.flatten(0, 1))
 
 
 def widened_to(tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:

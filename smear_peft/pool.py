@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smear_peft.adapter_file import check_tensors, find, read_config
-from smear_peft.block import EPS
+from smear_peft.batch_norm import PARTS, Affine, behind
 from smear_peft.config import SmearConfig
 from smear_peft.loading import expected_tensors, untouched_on_failure
 from smear_peft.lora import is_lora, read_lora
@@ -192,31 +192,20 @@ def pooled(plain: Sequence[Tensors]) -> tuple[Tensors, list[str]]:
 
 
 def _folded(head: str, plain: Sequence[Tensors]) -> Tensors:
-    """The norm that a pool has at one site, and (in place) each adapter's expert as it must be after that norm.
-
-    At inference a BatchNorm is x -> s x + t with s = weight / sqrt(var + eps), t = bias - mean s. With s', t' of the
-    pool's, s x + t = (s / s') (s' x + t') + (t - t' s / s'), and the expert's first layer takes up the rest.
-    """
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    norms = [{name: tensors[f"{head}norm.{name}"] for name in names} for tensors in plain]
-    if all(torch.equal(norm[name], norms[0][name]) for norm in norms for name in names[:4]):
+    """The norm that a pool has at one site, and (in place) each adapter's expert as it must be behind that norm."""
+    norms = [{name: tensors[f"{head}norm.{name}"] for name in (*PARTS, "num_batches_tracked")} for tensors in plain]
+    if all(torch.equal(norm[name], norms[0][name]) for norm in norms for name in PARTS):
         return {f"{head}norm.{name}": tensor for name, tensor in norms[0].items()}
-    weight, bias, mean, var = (torch.stack([norm[name].double() for norm in norms]) for name in names[:4])  # (N, D)
+    weight, bias, mean, var = (torch.stack([norm[name].double() for norm in norms]) for name in PARTS)  # (N, D)
     shared = {
         "weight": torch.where(weight.eq(0).all(0), 1.0, weight.abs().mean(0)),
         "bias": bias.mean(0),
         "running_mean": mean.mean(0),
         "running_var": var.mean(0) + mean.var(0, correction=0),
     }
-    scale = weight / (var + EPS).sqrt()
-    shift = bias - mean * scale
-    scale_of_pool = shared["weight"] / (shared["running_var"] + EPS).sqrt()
-    shift_of_pool = shared["bias"] - shared["running_mean"] * scale_of_pool
-    for n, tensors in enumerate(plain):
-        ratio = scale[n] / scale_of_pool
-        down, offset = tensors[f"{head}expert.down.weight"], tensors[f"{head}expert.down.bias"]
-        more = (shift[n] - shift_of_pool * ratio) @ down[0].double()
-        tensors[f"{head}expert.down.weight"] = (ratio.unsqueeze(1) * down.double()).to(down.dtype)
-        tensors[f"{head}expert.down.bias"] = (offset.double() + more).to(offset.dtype)
+    for norm, tensors in zip(norms, plain, strict=True):
+        down, offset = (tensors[f"{head}expert.down.{kind}"][0] for kind in ("weight", "bias"))
+        down, offset = behind(Affine.of(shared), Affine.of(norm), down, offset)
+        tensors[f"{head}expert.down.weight"], tensors[f"{head}expert.down.bias"] = down[None], offset[None]
     found = {f"{head}norm.{name}": tensor.to(norms[0][name].dtype) for name, tensor in shared.items()}
     return found | {f"{head}norm.num_batches_tracked": norms[0]["num_batches_tracked"]}

@@ -157,9 +157,9 @@ def _part(site: str, block: SmearBlock, config: SmearConfig, order: list[int], e
             values[name] = tensor
             rows[name] = Rows(where[name], list(range(count)), order, count)
             continue
-        now = new.expert.down
+        now = new.expert.up
         values[name] = tensor.index_select(0, _index(now.trained, tensor))
-        rows[name] = Rows(0, block.expert.down.trained, [order[i] for i in now.trained], count)
+        rows[name] = Rows(0, block.expert.up.trained, [order[i] for i in now.trained], count)
         if now.frozen:
             head, _, kind = name.rpartition(".")
             values[f"{head}.frozen_{kind}"] = tensor.index_select(0, _index(now.frozen, tensor)).clone()
@@ -203,7 +203,7 @@ def _put(part: Part) -> None:
     new.routing.inherit(block.routing)
     new.train(block.training)
     block.expert, block.routing = new.expert, new.routing
-    for linear in (block.expert.down, block.expert.up):
+    for linear in block.expert.halves():
         linear.keep_float32()
     block.site = replace(block.site, parameters=sum(p.numel() for p in block.parameters()))
 

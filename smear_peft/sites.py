@@ -96,7 +96,7 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         config.target_modules = _shortest(_all_linear(modules, config), modules, config)
     if config.train_layer_norms is None:
-        config.train_layer_norms = config.expert_type != "lora" and bool(layer_norm_names(modules))
+        config.train_layer_norms = config.expert_type == "bottleneck" and bool(layer_norm_names(modules))
     if config.task_type in LATE_HEADS:
         wanted = [*(config.modules_to_save or ()), *LATE_HEADS[config.task_type]]
         config.modules_to_save = list(dict.fromkeys(wanted))
@@ -198,7 +198,7 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
     lora = config.expert_type == "lora"
     if lora and not isinstance(module, nn.Linear):
         raise ValueError(f"expert_type='lora' needs linear layers, but {name} is a {type(module).__name__}.")
-    if norm == "auto" and lora:
+    if norm == "auto" and config.expert_type != "bottleneck":
         norm = "none"
     if norm == "auto":
         norm = "pre_batch_norm" if feature_map else "post_layer_norm"
@@ -210,11 +210,12 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
     if lora:
         placement = "parallel"
     elif placement == "auto":
-        placement = "input" if is_activation(module) else "output"
+        placement = "input" if is_activation(module) and config.expert_type == "bottleneck" else "output"
     if stacks.causal:
         _check_causal(name, config)
     stack = stacks.kind_of(name)
-    bottleneck = config.bottleneck_dim or (32 if feature_map else width // config.reduction_factor)
+    narrow = 32 if feature_map else width // config.reduction_factor
+    bottleneck = 1 if config.expert_type == "ia3" else config.bottleneck_dim or narrow
     if bottleneck < 1:
         raise ValueError(
             f"reduction_factor={config.reduction_factor} leaves no bottleneck at {name} of width {width}; set "

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from smear_peft.batch_norm import PARTS, Affine, behind
+from smear_peft.block import SmearBlock
 from smear_peft.config import SmearConfig
 from smear_peft.regroup import Edit, blocks_of, config_of, put_config, regroup, the_adapter
 from smear_peft.successors import Expert, expert_index, expert_indices, grown, with_tasks, without
@@ -89,7 +91,7 @@ def split_expert(
     first, last = index, config.num_experts
 
     def apart(site: str, tensors: dict[str, Tensor]) -> None:
-        for name in ("expert.down.weight", "expert.up.weight"):
+        for name in (name for name in ("expert.down.weight", "expert.up.weight") if name in tensors):
             rows = tensors[name]
             noise = torch.randn_like(rows[first]) * rows[first].std() * spread
             rows[first] += noise
@@ -119,8 +121,9 @@ def add_experts(
         model: a model with SMEAR adapters.
         names: how many, or their names.
         like: the expert whose router row and weight they share, by index or name. Under tag routing: expert 0.
-        source: names of `single` adapters of the model, one for each new expert, or one for all: their experts are
-            copied, not their norms.
+        source: names of `single` adapters of the model, one for each new expert, or one for all. A BatchNorm before
+            their experts is folded into the copies, which do at inference what they did; norms after them are not
+            copied.
         share: of the weight of `like` for each of them. Default: even shares.
         tasks: tag routing: names of new tasks, one for each new expert; their tags come after the others'.
         adapter: of which adapter; needed when several are active.
@@ -147,11 +150,11 @@ def add_experts(
     order, fields = grown(config, index, count, share, None if isinstance(names, int) else names, origins)
     if tasks is not None:
         fields |= with_tasks(config, tasks, count)
-    edit = _copied(model, config, sources, count) if sources else None
+    edit = _copied(model, adapter, sources, count) if sources else None
     return regroup(model, adapter, replace(config, **fields), order, optimizer, edit)
 
 
-def _copied(model: nn.Module, config: SmearConfig, sources: list[str], count: int) -> Edit:
+def _copied(model: nn.Module, adapter: str, sources: list[str], count: int) -> Edit:
     """Writes the experts of `single` adapters of the model over the last `count` ones.
 
     Raises:
@@ -160,6 +163,7 @@ def _copied(model: nn.Module, config: SmearConfig, sources: list[str], count: in
     if len(sources) != count:
         raise ValueError(f"source={sources} must name one adapter for each of {count} new experts, or one for all.")
     blocks = {name: blocks_of(model, the_adapter(model, name)) for name in sources}
+    targets, config = blocks_of(model, adapter), config_of(model, adapter)
     for name in blocks:
         other = config_of(model, name)
         if other.num_experts != 1 or (other.activation, other.expert_type) != (config.activation, config.expert_type):
@@ -172,18 +176,28 @@ def _copied(model: nn.Module, config: SmearConfig, sources: list[str], count: in
         for n, name in enumerate(sources):
             if site not in blocks[name]:
                 raise ValueError(f"Adapter {name!r} has no expert at {site}.")
-            expert = blocks[name][site].expert
-            for part, _ in expert.named_parameters():
-                half, _, kind = part.partition(".")
-                rows, values = tensors[f"expert.{half}.{kind}"], getattr(expert, half).stacked(kind)
-                if values.shape[1:] != rows.shape[1:]:
+            for part, values in _expert_behind(blocks[name][site], targets[site].norm).items():
+                rows = tensors[f"expert.{part}"]
+                if values.shape != rows.shape[1:]:
                     raise ValueError(
-                        f"Adapter {name!r} has an expert of shape {tuple(values.shape[1:])} at {site}; the others have "
+                        f"Adapter {name!r} has an expert of shape {tuple(values.shape)} at {site}; the others have "
                         f"{tuple(rows.shape[1:])}."
                     )
-                rows[n - count] = values[0].detach()
+                rows[n - count] = values
 
     return copied
+
+
+def _expert_behind(block: SmearBlock, norm: nn.Module | None) -> dict[str, Tensor]:
+    """The tensors of a plain block's expert, which is to stand behind another block's norm."""
+    halves = (part.split(".") for part, _ in block.expert.named_parameters())
+    values = {f"{half}.{kind}": getattr(block.expert, half).stacked(kind)[0].detach() for half, kind in halves}
+    if isinstance(block.norm, nn.BatchNorm2d) and isinstance(norm, nn.BatchNorm2d):
+        own, other = block.norm.state_dict(), norm.state_dict()
+        if not all(torch.equal(own[name], other[name]) for name in PARTS):
+            pair = behind(Affine.of(other), Affine.of(own), values["down.weight"], values["down.bias"])
+            values["down.weight"], values["down.bias"] = pair
+    return values
 
 
 def freeze_experts(

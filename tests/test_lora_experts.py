@@ -192,7 +192,7 @@ def test_a_damaged_lora_is_refused(tmp_path):
         ({"norm": "post_layer_norm"}, "leave norm='post_layer_norm'"),
         ({"placement": "output"}, "placement='output'"),
         ({"lora_merge": "sum"}, "lora_merge='sum'.*factors, products"),
-        ({"expert_type": "ia3"}, "expert_type='ia3'.*bottleneck, lora"),
+        ({"expert_type": "prefix"}, "expert_type='prefix'.*bottleneck, lora, ia3"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(fields, why):

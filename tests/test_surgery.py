@@ -159,11 +159,16 @@ def test_a_task_keeps_an_expert():
     assert torch.equal(photo, sketch)
 
 
-def test_a_domain_is_added_from_an_adapter_and_the_others_do_not_move(tmp_path):
-    fields = {"norm": "none", "bottleneck_dim": 4}
+@pytest.mark.parametrize("norm", ["none", "pre_batch_norm"])
+def test_a_domain_is_added_from_an_adapter_and_the_others_do_not_move(norm, tmp_path):
+    fields = {"norm": norm, "bottleneck_dim": 4}
     model = make("resnet", routing="tag", num_experts=2, tasks=["art", "photo"], **fields)
     model.add_adapter("drawn", SmearConfig(routing="single", **fields))
     enliven(model.double(), seed=5)
+    for block in [*blocks_of(model, "default").values(), *blocks_of(model, "drawn").values()]:
+        if block.norm is not None:  # each adapter's has seen other images
+            block.norm.running_mean.normal_()
+            block.norm.running_var.uniform_(0.5, 2)
     tags = torch.tensor([0, 1, 0, 1])
     before = answer(model, "resnet", routing_tags=tags)
     model.set_adapter("drawn")
@@ -175,7 +180,7 @@ def test_a_domain_is_added_from_an_adapter_and_the_others_do_not_move(tmp_path):
     assert config.expert_origins[2] == "adapter drawn"
     assert torch.equal(answer(model, "resnet", routing_tags=tags), before)
     added = answer(model, "resnet", routing_tags=torch.full((4,), 2))
-    equal(added, drawn, 1e-12)
+    equal(added, drawn, 1e-10)
     model.save_pretrained(tmp_path, selected_adapters=["default"])
     again = smear_peft.load(tiny_resnet().double(), tmp_path)
     assert torch.equal(answer(again, "resnet", routing_tags=torch.full((4,), 2)), added)
