@@ -90,3 +90,53 @@ def contact_sheet(images: LabelledImages, path: Path, columns: int = 12, size: i
         panel.set_yticks([])
         panel.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     figure.savefig(path)
+
+
+class Line(NamedTuple):
+    """A row of `rows_as_points`: its name, its group, and each column's values, one a seed."""
+
+    row: str
+    group: str
+    values: Mapping[str, list[float]]
+
+
+def rows_as_points(lines: list[Line], columns: Mapping[str, str], reference: str, path: Path | None = None) -> Figure:
+    """Rows below each other, group by group; a panel for each column, seeds as rings, their mean as a filled dot.
+
+    Args:
+        lines: in their order, those of a group together.
+        columns: of the values -> label of the panel's axis.
+        reference: row whose mean is drawn through the panel.
+        path: PNG to write.
+    """
+    groups = list(dict.fromkeys(line.group for line in lines))
+    colours = dict(zip(groups, ("#000000", "#0072b2", "#009e73", "#d55e00", "#cc79a7"), strict=False))
+    heights: list[float] = []
+    for before, line in zip((None, *lines), lines, strict=False):
+        gap = 1.0 if before is None or before.group == line.group else 1.6
+        heights.append((heights[-1] if heights else 0.0) - gap)
+    figure = Figure(figsize=(9.0, 0.9 + 0.27 * -heights[-1]), dpi=130)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for panel, (column, label) in zip(panels, columns.items(), strict=True):
+        for line, height in zip(lines, heights, strict=True):
+            values, colour = line.values[column], colours[line.group]
+            mean = sum(values) / len(values)
+            panel.plot(
+                values, [height] * len(values), "o", markersize=5, markerfacecolor="none", color=colour, alpha=0.7
+            )
+            panel.plot([mean], [height], "o", markersize=7, color=colour)
+            if line.row == reference:
+                panel.axvline(mean, color=colour, linewidth=0.8, linestyle="--", zorder=0)
+        panel.set_xlabel(label)
+        panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+    panels[0].set_yticks(heights, [line.row for line in lines])
+    for tick, line in zip(panels[0].get_yticklabels(), lines, strict=True):
+        tick.set_color(colours[line.group])
+    names = [panels[-1].plot([], [], "o", color=colours[group], label=group)[0] for group in groups]
+    figure.legend(handles=names, loc="upper right", ncols=len(names), fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    if path is not None:
+        figure.savefig(path, metadata={"Software": None})
+    return figure

@@ -106,27 +106,39 @@ def scores_table(rows: Rows, speed: Mapping[str, Mapping[str, float]]) -> Table:
 def against(rows: Rows, reference: str) -> Table:
     """The difference of each row's headline figure from the reference row's, seed by seed, and whether it is noise.
 
-    Experts under uniform routes are compared with their own row. The p values are of paired t tests over the seeds that
-    both rows have, as they are and after Holm's correction for their number.
+    Experts under uniform routes are compared with their own row.
     """
-    headline = rows[reference][0].headline
     scores = with_controls(rows)
     other = {row: reference for row in rows if row != reference}
     other |= {control(row): row for row in rows if control(row) in scores}
+    return differences(scores, other, rows[reference][0].headline)
+
+
+def differences(scores: Mapping[str, Scores], other: Mapping[str, str], headline: str) -> Table:
+    """The difference of rows from other rows in a column, seed by seed, in the order of `scores`.
+
+    The p values are of paired t tests over the seeds that both rows have, as they are and after Holm's correction for
+    their number.
+
+    Args:
+        scores: of all rows.
+        other: row -> the row that it is compared with.
+        headline: the column.
+    """
     tested: list[tuple[str, list[float], float | None]] = []
     for row, seeds in ((row, seeds) for row, seeds in scores.items() if row in other):
         base = scores[other[row]]
         shared = sorted(seeds.keys() & base.keys())
         pairs = [(seeds[seed][headline], base[seed][headline]) for seed in shared]
-        differences = [own - others for own, others in pairs]
-        varied = len(set(differences)) > 1
-        tested.append((row, differences, float(ttest_rel(*zip(*pairs, strict=True)).pvalue) if varied else None))
+        apart = [own - others for own, others in pairs]
+        varied = len(set(apart)) > 1
+        tested.append((row, apart, float(ttest_rel(*zip(*pairs, strict=True)).pvalue) if varied else None))
     corrected = holm({row: p for row, _, p in tested if p is not None})
     cells = []
-    for row, differences, p in tested:
-        difference = f"{statistics.fmean(differences):+.1f}" if differences else MISSING
+    for row, apart, p in tested:
+        difference = f"{statistics.fmean(apart):+.1f}" if apart else MISSING
         tests = [MISSING, MISSING] if p is None else [f"{p:.3f}", f"{corrected[row]:.3f}"]
-        cells.append([row, other[row], difference, str(len(differences)), *tests])
+        cells.append([row, other[row], difference, str(len(apart)), *tests])
     note = (
         "Mean over the seeds that both rows have, and a paired t test over them, as it is and after Holm's correction "
         f"for the number of tests. {MISSING}: no test, with fewer than two different differences."
@@ -174,6 +186,11 @@ def dropout_table(rows: Rows) -> Table | None:
 
 def long_form(rows: Rows) -> list[dict[str, Any]]:
     """One line a row and column, for a CSV file."""
+    return long_form_of(with_controls(rows))
+
+
+def long_form_of(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
+    """One line a row and column, for a CSV file."""
     return [
         {
             "row": row,
@@ -182,6 +199,6 @@ def long_form(rows: Rows) -> list[dict[str, Any]]:
             "deviation": round(statistics.stdev(values), DIGITS) if len(values) > 1 else "",
             "seeds": len(values),
         }
-        for row, seeds in with_controls(rows).items()
+        for row, seeds in scores.items()
         for column in next(iter(seeds.values()))
     ]
