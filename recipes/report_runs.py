@@ -1,4 +1,4 @@
-"""Run folders of either recipe, read back: scores by task or domain in percent, recomputed from the predictions."""
+"""Run folders of any recipe, read back: scores by task or domain in percent, recomputed from the predictions."""
 
 from __future__ import annotations
 

@@ -146,8 +146,7 @@ def prepare(
     if run and base_model is None and (run.folder / BASE).is_dir():
         base_model = f"{repo_id}-base"
         shutil.copytree(run.folder / BASE, base)
-        library, task = ("timm", "image-classification") if run.kind == "images" else ("transformers", None)
-        (base / CARD).write_text(base_card(base_model, repo_id, library, task), encoding="utf-8")
+        (base / CARD).write_text(base_card(base_model, repo_id, run.kind), encoding="utf-8")
     if base_model is None:
         warnings.warn(
             f"The base of {repo_id} is on no Hub, so its card names none and nobody else can load the adapter; pass "

@@ -166,7 +166,8 @@ def test_places():
     assert place("decoder.block.7.layer.1.EncDecAttention.o") == ("decoder", 7, "cross-attention")
     assert place("layer3.1.act2") == ("layer3", 1, "")
     assert place("first") == ("", 0, "first")
-    assert place("encoder.layer.3.output.dense") == ("encoder", 3, "output.dense")
+    assert place("encoder.layer.3.output.dense") == ("encoder", 3, "feed-forward")
+    assert place("encoder.encoder.layer.3.attention.output.dense") == ("encoder", 3, "attention")
     assert {group: len(some) for group, some in group_sites(ENCODER + DECODER).items()} == {
         "encoder": 24,
         "decoder": 36,

@@ -12,6 +12,8 @@ KINDS = (
     ("DenseReluDense", "feed-forward"),
     ("attn", "attention"),
     ("mlp", "feed-forward"),
+    ("attention", "attention"),
+    ("output", "feed-forward"),  # BERT's, where it is not the attention's
 )
 
 
@@ -39,7 +41,7 @@ def place(site: str) -> Place:
     head = [part for part in parts[:first] if part not in ("model", "block", "blocks", "layer", "layers", "h")]
     rest = ".".join(parts[first + 1 :])
     kind = next((name for part, name in KINDS if part in rest.split(".")), re.sub(r"^act\d?$", "", rest))
-    return Place(".".join(head), int(parts[first]), kind)
+    return Place(".".join(dict.fromkeys(head)), int(parts[first]), kind)
 
 
 def group_sites(sites: Iterable[str]) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from smear_peft.cards.experts import experts_table
 from smear_peft.cards.heatmap import HEATMAP, draw_routes
 from smear_peft.cards.metadata import METHOD_TAGS, check_card, metadata_of
-from smear_peft.cards.runs import ADAPTER, Run, read_run
+from smear_peft.cards.runs import ADAPTER, IMAGES, TEXT, Run, read_run
 from smear_peft.cards.snippets import loading_lines, using_lines
 from smear_peft.cards.text import CITATION, INSTALL, body_of
 from smear_peft.config import SmearConfig
@@ -137,27 +137,26 @@ model = smear_peft.load(base, {place})  # base: the model that it was trained on
     return _whole(head, text)
 
 
-def base_card(repo_id: str, adapter: str, library: str, task: str | None) -> str:
+def base_card(repo_id: str, adapter: str, kind: str) -> str:
     """The card of a base that travels with an adapter.
 
     Args:
         repo_id: where the base will be.
         adapter: `user/name` of the adapter.
-        library: timm or transformers.
-        task: the Hub's name of what it does.
+        kind: of the runs that trained it: IMAGES, TEXT or CLASSES.
 
     Raises:
         ValueError: the Hub would refuse the head; the message says why.
     """
-    lines = {
-        "timm": ["import timm", f'base = timm.create_model("hf-hub:{repo_id}", pretrained=True)'],
-        "transformers": [
-            "import transformers",
-            f'base = transformers.AutoModelForSeq2SeqLM.from_pretrained("{repo_id}")',
-        ],
-    }[library]
+    if kind == IMAGES:
+        library, task = "timm", "image-classification"
+        call = f'timm.create_model("hf-hub:{repo_id}", pretrained=True)'
+    else:
+        library, task = "transformers", None
+        auto = "AutoModelForSeq2SeqLM" if kind == TEXT else "AutoModel"
+        call = f'transformers.{auto}.from_pretrained("{repo_id}")'
     head = ModelCardData(library_name=library, pipeline_tag=task, tags=["smear"])
-    code = "\n".join(lines)
+    code = f"import {library}\nbase = {call}"
     return _whole(
         head,
         f"# {repo_id.rpartition('/')[2]}\n\nThe frozen base of the adapter "

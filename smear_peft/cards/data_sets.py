@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smear_peft.cards.runs import IMAGES, TEXT, Run, hub_id
+from smear_peft.cards.runs import IMAGES, MINILM, TEXT, Run, hub_id
 
 RESEARCH_USE = "research-use"
 
@@ -106,25 +106,30 @@ BASES = {
     "resnet18_photo_base": "The base is our own stand-in, **not ImageNet's ResNet18**: its stem and its first three "
     "layers have ImageNet's weights (batch norm folded in), the rest was trained on 970 photographs of PACS. It is "
     "good at photographs, and its weights derive from ImageNet (non-commercial research).",
+    "MiniLM": "The base is sentence-transformers/all-MiniLM-L6-v2, which its makers trained to compare sentences, with "
+    "texts of MultiNLI and Quora's questions among many others (its card on the Hub): mnli and qqp are not new to it.",
     "a T5 with random weights": "The base has random weights: the scores show that the machinery turns, and are not to "
     "be compared with the paper's.",
 }
 BASE_TERMS = {
     IMAGES: "The ResNet of the paper is under the BSD 3-clause licence (its appendix D).",
     TEXT: "T5 is under Apache-2.0.",
+    MINILM: "MiniLM (all-MiniLM-L6-v2) is under Apache-2.0.",
 }
 CODE_TERMS = "The adapter's code, smear_peft, is under Apache-2.0."
 
 
 def terms_of(run: Run) -> str:
     """Of data, base and code."""
-    return " ".join([data_set_of(run).terms, *([BASE_TERMS[run.kind]] if run.base_on_hub() else []), CODE_TERMS])
+    base = MINILM if run.config["base"] == MINILM else run.kind
+    known = [BASE_TERMS[base]] if base in BASE_TERMS and run.base_on_hub() else []
+    return " ".join([data_set_of(run).terms, *known, CODE_TERMS])
 
 
 def data_set_of(run: Run) -> DataSet:
     """The data set of a run; one that is not known is called by its folder's name."""
     name = str(run.config["dataset"])
-    if run.kind == TEXT:
+    if run.kind != IMAGES:
         return TINY_GLUE if name == "tiny" else GLUE if hub_id(name) else LOCAL_GLUE
     last = Path(name).name.lower()
     terms = f"The terms of {last} are not known to the recipe: see where it is from."

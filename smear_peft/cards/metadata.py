@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from smear_peft.cards.data_sets import RESEARCH_USE, DataSet, data_set_of
-from smear_peft.cards.runs import IMAGES, Run, mean_and_deviation
+from smear_peft.cards.runs import CLASSES, IMAGES, TEXT, Run, mean_and_deviation
 
 METHOD_TAGS = ("smear", "mixture-of-experts")
 PIPELINES = {"image-classification", "text2text-generation", "text-generation", "text-classification",
@@ -25,8 +25,11 @@ LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
 ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 EVALUATE = {"pearson": "pearsonr"}
 """Names of metrics whose modules the Hub calls otherwise."""
-TASKS = {IMAGES: ("image-classification", "Image classification")}
-TEXT_TASK = ("text2text-generation", "Text to text")
+TASKS = {
+    IMAGES: ("image-classification", "Image classification"),
+    TEXT: ("text2text-generation", "Text to text"),
+    CLASSES: ("text-classification", "Text classification"),
+}
 LICENCE_FILE = "LICENSE.md"
 RESEARCH = {"license": "other", "license_name": RESEARCH_USE, "license_link": LICENCE_FILE}
 
@@ -47,7 +50,7 @@ def metadata_of(
     adapter = run.routing != "linear_probe"
     own = list(METHOD_TAGS) if adapter else []
     own += [run.routing] if run.routing not in own else []
-    task = TASKS.get(run.kind, TEXT_TASK)
+    task = TASKS[run.kind]
     optional: dict[str, Any] = {"license": licence or data.licence}
     if optional["license"] == RESEARCH_USE:
         optional = dict(RESEARCH)
@@ -59,7 +62,7 @@ def metadata_of(
         optional["language"] = data.language
     return ModelCardData(
         model_name=name,
-        library_name="peft" if adapter else "timm",
+        library_name="peft" if adapter else "timm" if run.kind == IMAGES else "transformers",
         pipeline_tag=task[0],
         tags=list(dict.fromkeys([*own, *tags])),
         eval_results=results_of(runs, data, task),
@@ -83,7 +86,7 @@ def results_of(runs: Sequence[Run], data: DataSet, task: tuple[str, str]) -> lis
                 dataset_type=data.type,
                 dataset_name=f"{data.name}, {number.part}" if number.part else data.name,
                 dataset_config=number.part,
-                dataset_split="test" if run.kind == IMAGES else None,
+                dataset_split=run.metrics.get("scored_on", "test" if run.kind == IMAGES else None),
                 metric_type=EVALUATE.get(number.metric, number.metric),
                 metric_name=title if deviation is None else f"{title}, mean of {len(runs)} seeds",
                 metric_value=round(mean, 6),

