@@ -181,11 +181,7 @@ def train(
             anneal_temperature(model, step, job.anneal_every)
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(1, job.warmup_steps))
-        losses.append(0.0)
-        for indices, part in batches.by_length(examples, job.part_size):
-            share = step_loss(model, on_device(part, accelerator.device), routed) * (len(indices) / len(examples))
-            share.backward()
-            losses[-1] += share.item()
+        losses.append(backward(model, batches, examples, job.part_size))
         torch.nn.utils.clip_grad_norm_(trained, job.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -199,6 +195,16 @@ def train(
             save_checkpoint(checkpoint, progress, model, optimizer, accelerator)
     bar.close()
     return progress
+
+
+def backward(model: nn.Module, batches: Batches, examples: list[tuple[int, Any]], size: int) -> float:
+    """Add the gradient of a batch, `size` examples of like length at a time; its mean loss."""
+    total, device = 0.0, next(model.parameters()).device
+    for indices, part in batches.by_length(examples, size):
+        share = step_loss(model, on_device(part, device), is_routed(model)) * (len(indices) / len(examples))
+        share.backward()
+        total += share.item()
+    return total
 
 
 def step_loss(model: nn.Module, batch: Batch, routed: bool) -> Tensor:
