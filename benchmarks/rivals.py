@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PolyConfig, XLoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.case import Case, Job, Pair
+from benchmarks.case import Case, Pair
 from benchmarks.text_block import BOTTLENECK, EXPERTS, WIDTH, PlainAdapter
-from benchmarks.whole_models import questions, shared_copy, with_adapters
+from benchmarks.whole_models import loss_job, questions, shared_copy, with_adapters
 from smear_peft import SmearConfig
 
 LAYERS, ANSWER, MASKED = 12, 16, -100
@@ -79,22 +79,9 @@ def against_plain(name: str, batch: int, length: int, train: bool) -> Pair:
     labels = given["input_ids"].clone()
     labels[:, :-ANSWER] = MASKED
     tasks = {"task_ids": torch.arange(batch) % EXPERTS} if name.startswith("Poly") else {}
-    models = RIVALS[name](shared_copy(base)), plain(shared_copy(base))
-    ours, theirs = models
-    return Pair(job(ours, {**given, "labels": labels, **tasks}, train), job(theirs, {**given, "labels": labels}, train))
-
-
-def job(model: nn.Module, call: dict[str, Tensor], train: bool) -> Job:
-    """A forward in evaluation mode, or a training step."""
-    model.train(train)
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def run() -> object:
-        with torch.set_grad_enabled(train):
-            loss = model(**call).loss
-        return torch.autograd.grad(loss, trained, allow_unused=True) if train else loss
-
-    return run
+    ours, theirs = RIVALS[name](shared_copy(base)), plain(shared_copy(base))
+    given["labels"] = labels
+    return Pair(loss_job(ours, given | tasks, train), loss_job(theirs, given, train))
 
 
 def cases() -> list[Case]:

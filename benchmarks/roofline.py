@@ -41,14 +41,14 @@ class Rates(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of a text block and its features; `merged` experts are run, one for each example unless a case says otherwise."""
+    """Of a text block and its features; of `merged` experts each is run on an equal part of the batch."""
 
     batch: int
     length: int
     width: int
     bottleneck: int
     experts: int = 1
-    merged: int | None = None
+    merged: int = 1
 
 
 def product(rows: float, inner: float, columns: float, times: float = 1) -> Work:
@@ -64,7 +64,7 @@ def touched(numbers: float) -> Work:
 
 def adapter(shape: Shape, train: bool) -> list[Work]:
     """Two products, an activation, a layer norm and the residual; in training their gradients."""
-    tokens, merged = shape.batch * shape.length, shape.merged or 1
+    tokens, merged = shape.batch * shape.length, shape.merged
     rows, features, inner = tokens / merged, tokens * shape.width, tokens * shape.bottleneck
     down = product(rows, shape.width, shape.bottleneck, merged)
     up = product(rows, shape.bottleneck, shape.width, merged)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
-from benchmarks.case import Case, Pair
+from benchmarks.case import Case, Job, Pair
 from benchmarks.text_block import BOTTLENECK, EXPERTS, WIDTH, PlainAdapter
 from smear_peft import SmearConfig, list_sites
 
@@ -139,13 +139,21 @@ def t5_generate(batch: int, length: int, tokens: int) -> Pair:
 def t5_training(batch: int, length: int, target: int) -> Pair:
     """Forward and backward down to every trained parameter."""
     given = questions(batch, length) | {"labels": questions(batch, target)["input_ids"]}
+    ours, plain = t5_pair()
+    return Pair(loss_job(ours, given, train=True), loss_job(plain, given, train=True))
 
-    def job(model: nn.Module) -> Callable[[], object]:
-        model.train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return lambda: torch.autograd.grad(model(**given).loss, trained, allow_unused=True)
 
-    return Pair(*map(job, t5_pair()))
+def loss_job(model: nn.Module, given: dict[str, Tensor], train: bool) -> Job:
+    """A language model's loss in evaluation mode, or in training mode with its gradients."""
+    model.train(train)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> object:
+        with torch.set_grad_enabled(train):
+            loss = model(**given).loss
+        return torch.autograd.grad(loss, trained, allow_unused=True) if train else loss
+
+    return run
 
 
 def saved_megabytes(model: nn.Module, given: dict[str, Tensor]) -> float:

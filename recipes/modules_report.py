@@ -7,7 +7,6 @@ README.md has the scores, mean and deviation over seeds, and paired tests; besid
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,14 +18,13 @@ if not __package__:  # run as a script
 
 from recipes.figures import Line, rows_as_points
 from recipes.image_modules import SMEAR, START
-from recipes.report import as_csv
-from recipes.report_runs import IN_PERCENT, MACRO, MICRO, PLACES, find_runs
+from recipes.report import as_csv, keep
+from recipes.report_runs import IN_PERCENT, MICRO, find_runs, image_columns, in_order_of_seeds
 from recipes.report_tables import MISSING, Scores, Table, differences, long_form_of
-from recipes.run_folder import read_json, read_yaml, write_text, writing
+from recipes.run_folder import write_text, writing
 from recipes.settings import parse
-from smear_peft.cards.runs import shown
+from smear_peft.cards.runs import read_run, shown
 
-KEPT = ("metrics.json", "config.yaml", "routing.json", "routing_smear.json")
 PICTURE = "modules.png"
 
 
@@ -46,11 +44,11 @@ class Runs:
     """Seeds of one job.
 
     Attributes:
-        folders: of the runs, by seed.
+        folders: of the runs, in the order of their seeds.
         rows: row -> seed -> accuracies and facts, as in metrics.json.
     """
 
-    folders: dict[int, Path]
+    folders: list[Path]
     rows: dict[str, dict[int, dict[str, Any]]]
 
     @classmethod
@@ -60,19 +58,10 @@ class Runs:
         Raises:
             ValueError: they are not seeds of one job.
         """
-        folders: dict[int, Path] = {}
-        settings: dict[int, dict[str, Any]] = {}
-        for folder in find_runs(map(Path, places)):
-            config = read_yaml(folder / "config.yaml")
-            if (seed := config["seed"]) in folders:
-                raise ValueError(f"Seed {seed} comes twice: {folders[seed]}, {folder}.")
-            folders[seed], settings[seed] = folder, {name: v for name, v in config.items() if name not in PLACES}
-        first, *others = settings
-        for seed in others:
-            if unlike := [name for name, value in settings[seed].items() if settings[first].get(name) != value]:
-                raise ValueError(f"{folders[first]} and {folders[seed]} differ in {', '.join(unlike)}.")
-        found = {seed: read_json(folders[seed] / "metrics.json")["rows"] for seed in sorted(folders)}
-        return cls(folders, {row: {seed: rows[row] for seed, rows in found.items()} for row in found[first]})
+        runs = in_order_of_seeds(map(read_run, find_runs(map(Path, places))), "This job")
+        names = list(runs[0].metrics["rows"])
+        rows = {row: {run.seed: run.metrics["rows"][row] for run in runs} for row in names}
+        return cls([run.folder for run in runs], rows)
 
     def fact(self, row: str, name: str) -> Any:
         """What is the same for all seeds."""
@@ -80,13 +69,7 @@ class Runs:
 
     def scores(self) -> dict[str, Scores]:
         """Row -> seed -> column -> percent."""
-        return {row: {seed: percent(one) for seed, one in seeds.items()} for row, seeds in self.rows.items()}
-
-
-def percent(row: dict[str, Any]) -> dict[str, float]:
-    """The columns of a row."""
-    columns = {**row["domains"], MICRO: row[MICRO], MACRO: row[MACRO]}
-    return {name: IN_PERCENT * value for name, value in columns.items()}
+        return {row: {seed: image_columns(one) for seed, one in seeds.items()} for row, seeds in self.rows.items()}
 
 
 def scores_table(runs: Runs) -> Table:
@@ -140,12 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with writing(Path(report.out)) as folder:
         text = write_report(runs, folder)
     if report.keep:
-        with writing(Path(report.keep)) as place:
-            shutil.copytree(report.out, place, dirs_exist_ok=True)
-            for run in runs.folders.values():
-                (place / run.name).mkdir()
-                for part in KEPT:
-                    shutil.copy(run / part, place / run.name / part)
+        keep(runs.folders, Path(report.out), Path(report.keep))
     print(text)
 
 

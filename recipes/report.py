@@ -14,7 +14,7 @@ import csv
 import io
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from recipes.settings import parse
 from smear_peft.analysis import plot_routing, plot_similarity, similarity
 from smear_peft.cards.runs import mean_and_deviation
 
-KEPT = ("metrics.json", "config.yaml", "routing.json", "log.jsonl")
+KEPT = ("metrics.json", "config.yaml", "routing.json", "routing_smear.json", "log.jsonl")
 
 
 @dataclass
@@ -129,14 +129,14 @@ def explanation(rows: Rows) -> str:
     )
 
 
-def keep(rows: Rows, report: Path, folder: Path) -> None:
-    """The small parts of every run, and the report."""
+def keep(runs: Iterable[Path], report: Path, folder: Path) -> None:
+    """The small parts of every run folder, and the report."""
     with writing(folder) as place:
         shutil.copytree(report, place, dirs_exist_ok=True)
-        for run in (run for some in rows.values() for run in some):
-            (place / run.folder.name).mkdir()
-            for part in (part for part in KEPT if (run.folder / part).is_file()):
-                shutil.copy(run.folder / part, place / run.folder.name / part)
+        for run in runs:
+            (place / run.name).mkdir()
+            for part in (part for part in KEPT if (run / part).is_file()):
+                shutil.copy(run / part, place / run.name / part)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with writing(Path(report.out)) as folder:
         text = write_report(rows, report, folder)
     if report.keep:
-        keep(rows, Path(report.out), Path(report.keep))
+        keep((run.folder for some in rows.values() for run in some), Path(report.out), Path(report.keep))
     print(text)
 
 

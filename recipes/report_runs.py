@@ -7,13 +7,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recipes.glue_scoring import score
 from recipes.image_scoring import by_domain
 from smear_peft.cards.runs import Run as RunFolder
 from smear_peft.cards.runs import read_run as read_folder
 from smear_peft.routing import ROUTINGS, get_method
+
+AnyRun = TypeVar("AnyRun", bound=RunFolder)
 
 MICRO, MACRO, AVERAGE, TASK_AVERAGE = "micro", "macro", "average", "task average"
 IN_PERCENT = 100.0
@@ -49,9 +51,10 @@ class Run(RunFolder):
         given = self.config.get("expert_dropout")
         return get_method(self.config["routing"]).expert_dropout if given is None else given
 
-    def settings(self) -> dict[str, Any]:
-        """What makes the row what it is."""
-        return {name: value for name, value in self.config.items() if name not in PLACES}
+
+def settings_of(run: RunFolder) -> dict[str, Any]:
+    """What makes the row what it is."""
+    return {name: value for name, value in run.config.items() if name not in PLACES}
 
 
 def find_runs(places: Iterable[Path]) -> list[Path]:
@@ -80,7 +83,7 @@ def read_run(folder: Path) -> Run:
     """
     found = read_folder(folder)
     config, metrics = found.config, found.metrics
-    columns = _image_columns if "domains" in metrics else _glue_columns
+    columns = image_columns if "domains" in metrics else _glue_columns
     scores, recomputed = columns(metrics), (folder / "predictions.jsonl").is_file()
     if recomputed:
         again = columns(_from_predictions(folder / "predictions.jsonl", config))
@@ -102,7 +105,8 @@ def _from_predictions(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     return by_domain(*([row[name] for row in seen] for name in ("prediction", "label", "domain")))
 
 
-def _image_columns(metrics: dict[str, Any]) -> dict[str, float]:
+def image_columns(metrics: dict[str, Any]) -> dict[str, float]:
+    """Percent by domain, then the means."""
     scores = {**metrics["domains"], MICRO: metrics["micro"], MACRO: metrics["macro"]}
     return {name: IN_PERCENT * value for name, value in scores.items()}
 
@@ -124,13 +128,24 @@ def group(runs: Iterable[Run]) -> dict[str, list[Run]]:
     columns = {tuple(run.scores) for some in rows.values() for run in some}
     if len(columns) > 1:
         raise ValueError(f"The runs have different tasks or domains: {'; '.join(map(', '.join, sorted(columns)))}.")
-    for row, some in rows.items():
-        some.sort(key=lambda run: run.seed)
-        seeds = [run.seed for run in some]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"Row {row} has a seed twice: {', '.join(str(run.folder) for run in some)}.")
-        first = some[0].settings()
-        for run in some[1:]:
-            if other := [name for name, value in run.settings().items() if first.get(name) != value]:
-                raise ValueError(f"Row {row}: {run.folder} and {some[0].folder} differ in {', '.join(other)}.")
-    return rows
+    return {row: in_order_of_seeds(some, f"Row {row}") for row, some in rows.items()}
+
+
+def in_order_of_seeds(runs: Iterable[AnyRun], what: str) -> list[AnyRun]:
+    """Runs that differ in their seed alone, by seed.
+
+    Args:
+        runs: in any order.
+        what: they are, for messages.
+
+    Raises:
+        ValueError: a seed comes twice, or they differ in more.
+    """
+    first, *others = found = sorted(runs, key=lambda run: run.seed)
+    if len({run.seed for run in found}) < len(found):
+        raise ValueError(f"{what} has a seed twice: {', '.join(str(run.folder) for run in found)}.")
+    settings = settings_of(first)
+    for run in others:
+        if other := [name for name, value in settings_of(run).items() if settings.get(name) != value]:
+            raise ValueError(f"{what}: {run.folder} and {first.folder} differ in {', '.join(other)}.")
+    return found

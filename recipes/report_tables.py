@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import ttest_rel
 
-from recipes.report_runs import Run
+from recipes.report_runs import Run, settings_of
 from smear_peft.cards.runs import shown
 
 Rows = Mapping[str, Sequence[Run]]
@@ -163,7 +163,7 @@ def dropout_table(rows: Rows) -> Table | None:
     """
     pairs: dict[str, dict[bool, tuple[str, Sequence[Run]]]] = {}
     for name, runs in rows.items():
-        settings = {key: value for key, value in runs[0].settings().items() if key != "expert_dropout"}
+        settings = {key: value for key, value in settings_of(runs[0]).items() if key != "expert_dropout"}
         if runs[0].expert_dropout is not None:
             pairs.setdefault(repr(sorted(settings.items(), key=str)), {})[runs[0].expert_dropout > 0] = (name, runs)
     cells = []

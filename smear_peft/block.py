@@ -214,13 +214,12 @@ class SmearBlock(nn.Module):
         return features + update if torch.is_grad_enabled() else update.add_(features)
 
     def to_float(self, device: torch.device | None, dtype: torch.dtype) -> SmearBlock:
-        """Move parameters to a device (None: they stay) and dtype; running statistics stay in at least float32.
+        """Move parameters to a device (None: they stay) and dtype.
 
-        So do frozen experts, which PEFT, for which they are no parameters, would not widen.
+        Running statistics and frozen experts stay in at least float32.
         """
         self.to(device=device, dtype=dtype)
-        for linear in self.expert.halves():
-            linear.keep_float32()
+        self.expert.keep_float32()
         if isinstance(self.norm, nn.BatchNorm2d) and dtype in (torch.bfloat16, torch.float16):
             for name in ("running_mean", "running_var"):
                 setattr(self.norm, name, getattr(self.norm, name).float())

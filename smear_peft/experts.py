@@ -107,9 +107,11 @@ class BottleneckExperts(nn.Module):
             else:
                 nn.init.normal_(tensor, std=std)
 
-    def halves(self) -> list[StackedLinear]:
-        """The stacked maps that experts are made of."""
-        return [child for child in self.children() if isinstance(child, StackedLinear)]
+    def keep_float32(self) -> None:
+        """Frozen experts in at least float32: PEFT, for which they are no parameters, would not widen them."""
+        for child in self.children():
+            if isinstance(child, StackedLinear):
+                child.keep_float32()
 
     def select(self, mixture: Mixture, dtype: torch.dtype) -> Expert | None:
         """The parameters that a mixture wants run, in the features' dtype; None where several experts run apart.

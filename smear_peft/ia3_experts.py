@@ -46,9 +46,8 @@ class ScalingExperts(BottleneckExperts):
 
     def reset_parameters(self, std: float) -> None:
         """All zero, which is l = 1 as PEFT has it: the model starts as its base."""
-        for half in self.halves():
-            for tensor in (*half.parameters(), *half.buffers()):
-                nn.init.zeros_(tensor)
+        for tensor in (*self.parameters(), *self.buffers()):
+            nn.init.zeros_(tensor)
 
     def select(self, mixture: Mixture, dtype: torch.dtype) -> Expert | None:
         """The one vector that a mixture comes down to; None for slots."""

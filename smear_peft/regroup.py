@@ -203,8 +203,7 @@ def _put(part: Part) -> None:
     new.routing.inherit(block.routing)
     new.train(block.training)
     block.expert, block.routing = new.expert, new.routing
-    for linear in block.expert.halves():
-        linear.keep_float32()
+    block.expert.keep_float32()
     block.site = replace(block.site, parameters=sum(p.numel() for p in block.parameters()))
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, refuse wrong numbers, and count work as the paper's appendix on cost does."""
+"""The benchmarks run, refuse wrong numbers, and count the work that merging adds."""
 
 from __future__ import annotations
 
