@@ -84,6 +84,37 @@ def smear(shape: Shape, train: bool) -> list[Work]:
     return forward + adapter(shape._replace(merged=shape.batch), train) + (backward if train else [])
 
 
+def ensemble(shape: Shape, apart: bool) -> list[Work]:
+    """Training with every expert's output, averaged.
+
+    Args:
+        shape: of a block with N experts.
+        apart: write every expert's outputs (B, N, S, D) and average them, instead of weighting the hidden units of all
+            experts between two products of width N r.
+    """
+    tokens, inner = shape.batch * shape.length, shape.experts * shape.bottleneck
+    features, hidden = tokens * shape.width, tokens * inner
+    down = product(tokens, shape.width, inner)
+    if apart:
+        up = product(tokens, shape.bottleneck, shape.width, shape.experts)
+        average = product(1, shape.experts, shape.length * shape.width, shape.batch)
+        weighting, back = [average], [average, average]
+    else:
+        up = product(tokens, inner, shape.width)
+        weighting, back = [touched(2 * hidden)], [touched(2 * hidden), touched(3 * hidden)]
+    forward = [
+        touched(features),
+        down,
+        touched(2 * hidden),
+        up,
+        *weighting,
+        touched(2 * features),
+        touched(3 * features),
+    ]
+    backward = [touched(3 * features), *back, up, up, touched(3 * hidden), down, down, touched(3 * features)]
+    return [*forward, *backward, touched(2 * features)]
+
+
 def seconds(work: Sequence[Work], rates: Rates, size: int) -> float:
     """The least time.
 

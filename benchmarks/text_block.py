@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks import transcription
 from benchmarks.case import Case, Least, Pair
-from benchmarks.roofline import Shape, adapter, smear
+from benchmarks.roofline import Shape, adapter, ensemble, smear
 from benchmarks.timing import forward, training
 from smear_peft import SmearConfig
 from smear_peft.block import SmearBlock
@@ -189,6 +189,8 @@ def decode_case(sources: int, beams: int, target: float) -> Case:
 def cases() -> list[Case]:
     """The cases that have targets."""
     half = torch.bfloat16
+    shape = Shape(16, 128, WIDTH, BOTTLENECK, EXPERTS)
+    least = Least(ensemble(shape, False), ensemble(shape, True), torch.float32, 16 * 128 * WIDTH)
     found = [
         plain_case(16, 128, False, 1.10),
         plain_case(16, 128, True, 1.15),
@@ -203,7 +205,7 @@ def cases() -> list[Case]:
         decode_case(8, 4, 1.6),
         Case("training, N=64, B=16 S=128", "N=8", 1.45, partial(growth, 16, 128, 8, 64)),
         Case("ensemble, training, B=16 S=128", "transcription", 0.25,
-             partial(against_transcription, "ensemble", 16, 128, True)),
+             partial(against_transcription, "ensemble", 16, 128, True), least=least),
     ]  # fmt: skip
     return found + [
         Case(f"training, N={count}, B=16 S=128", "transcription", 1.0,

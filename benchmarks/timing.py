@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+# Of mallopt(3): parameters and values.
+M_TRIM_THRESHOLD, KEPT = -1, 2**30
+M_MMAP_THRESHOLD, LARGEST = -3, 2**25
+
+
+def keep_freed_memory() -> None:
+    """Make glibc behave from the start as it does in a process that has run for a while; elsewhere nothing.
+
+    It learns to serve all but the largest tensors from memory that was freed before, but gives the end of its heap back
+    whenever that is large: then one of two jobs gets fresh pages in each round, at more than the price of its work, and
+    which of the two is chance.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def medians(
