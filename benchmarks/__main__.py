@@ -28,7 +28,7 @@ from transformers import HfArgumentParser
 from benchmarks import rivals, text_block, whole_models
 from benchmarks.case import Case, Measured, measure
 from benchmarks.plots import draw_plots
-from benchmarks.timing import keep_freed_memory
+from benchmarks.timing import level
 from recipes.run_folder import write_json, write_text
 
 GROUPS = {
@@ -104,9 +104,7 @@ def main() -> None:
         parser.error(f"There is no group {unknown[0]}; possible: {', '.join(GROUPS)}.")
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; leave --device away to measure on the CPU.")
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    torch.set_flush_denormal(True)  # a base with random weights has such gradients, and they cost whoever meets them
+    level()
     cases: list[Case] = [case for name in settings.only for case in GROUPS[name]()]
     found = [measure(case, settings.rounds, settings.device) for case in tqdm(cases, unit="case")]
     lines = without_empty([HEADER, *map(row, found)])

@@ -15,6 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.case import Case
 from benchmarks.text_block import cases
+from benchmarks.timing import level
 
 
 @pytest.mark.parametrize("who", ["ours", "theirs"])
@@ -22,7 +23,7 @@ from benchmarks.text_block import cases
 @pytest.mark.benchmark(timer=time.thread_time, warmup=True)
 def test_block(benchmark: BenchmarkFixture, case: Case, who: str) -> None:
     """One job of a case; `case.make` has checked its numbers."""
-    torch.set_num_threads(1)
+    level()
     torch.manual_seed(0)
     pair = case.make()
     benchmark(pair.ours if who == "ours" else pair.theirs)

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from benchmarks import transcription
 from benchmarks.text_block import ENCODER, make_block
-from benchmarks.timing import forward, medians, training
+from benchmarks.timing import forward, level, medians, training
 from smear_peft import ROUTINGS
 from smear_peft.block import SmearBlock
 from smear_peft.context import RoutingContext
@@ -90,7 +90,7 @@ def main() -> None:
     """The command."""
     parser = HfArgumentParser(Sizes, description=__doc__)  # type: ignore[arg-type]
     (sizes,) = parser.parse_args_into_dataclasses()
-    torch.set_num_threads(1)
+    level()
     figures: dict[str, dict[str, float]] = {}
     table = Table("method", *(f"{shape} {mode}" for shape in sizes.shapes for mode in ("forward", "training")))
     for routing in sizes.routings:

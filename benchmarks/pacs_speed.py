@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 
 import smear_peft
 from benchmarks.memory import peak_megabytes
-from benchmarks.timing import medians
+from benchmarks.timing import level, medians
 from recipes.image_batches import Batch
 from recipes.image_models import adapt
 from recipes.image_scoring import ROUTED
@@ -109,7 +109,7 @@ def measure(rows: dict[str, ImageJob], repeats: int) -> dict[str, dict[str, floa
 def main() -> None:
     """The command."""
     (speed,) = HfArgumentParser(Speed).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    torch.set_num_threads(1)
+    level()
     rows = settings_of_rows(Path(speed.sweep))
     found = measure(rows, speed.repeats)
     for row, figures in found.items():

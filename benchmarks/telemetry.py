@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
-from benchmarks.timing import medians
+from benchmarks.timing import level, medians
 from benchmarks.whole_models import T5_BASE, new_t5
 from smear_peft import RoutingTelemetry, SmearConfig, routed_loss
 
@@ -117,7 +117,7 @@ def inside(model: nn.Module, step: Callable[[], None], repeats: int) -> float:
 def main() -> None:
     """The command."""
     (sizes,) = HfArgumentParser(Sizes, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    torch.set_num_threads(1)
+    level()
     for case in sizes.cases:
         torch.manual_seed(0)
         model, batch = CASES[case]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,13 @@ from benchmarks import rivals, text_block
 from benchmarks.__main__ import main
 from benchmarks.case import Case, Pair, measure
 from benchmarks.roofline import Rates, Shape, Work, adapter, measured_rates, product, seconds, smear
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """As they were: the command rounds them to zero for its process."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def flops(work: list[Work]) -> float:
