@@ -1,20 +1,20 @@
 """The price of SMEAR: every case of text_block.py, whole_models.py and rivals.py, beside what it is measured against.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks                     # all of it, half an hour
-    OMP_WAIT_POLICY=PASSIVE python -m benchmarks --only block decode --rounds 20
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks --only block decode --rounds 21
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks --out report/speed  # also table.md, figures.json and plots
-    python -m benchmarks --device cuda                               # bfloat16 autocast, CUDA events, peak memory
 
-One thread, thread CPU time, medians of interleaved rounds in one process, so that the ratios hold on a shared machine.
-Blocks are checked to give their transcription's numbers before they are timed. "limit" is the ratio that perfect
-kernels would have, "reached" how much of its own limit each of the two reaches (roofline.py).
+On the CPU: one thread, thread CPU time. Where torch sees a CUDA device, all of it on that, too: bfloat16 autocast, CUDA
+events, peak memory (--device cpu or --device cuda for one of the two). A ratio is the median over rounds of the ratio
+of two jobs that took turns in the same process, so that it holds on a shared machine. Blocks are checked to give their
+transcription's numbers and gradients before they are timed. What a job must do at least is in roofline.py.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,19 +26,25 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from benchmarks import rivals, text_block, whole_models
-from benchmarks.case import Case, Measured, measure
+from benchmarks.case import Case, Measured, Pair, measure
 from benchmarks.plots import draw_plots
+from benchmarks.roofline import seconds, totals
 from benchmarks.timing import level
 from recipes.run_folder import write_json, write_text
 
-GROUPS = {
-    "block": lambda: [case for case in text_block.cases() if not case.what.startswith("decode")],
-    "decode": lambda: [case for case in text_block.cases() if case.what.startswith("decode")],
+GROUPS: dict[str, Callable[[], list[Case]]] = {
+    "block": text_block.cases,
+    "decode": text_block.decoding,
     "ways": text_block.ways,
     "curves": text_block.curves,
     "models": whole_models.cases,
     "rivals": rivals.cases,
 }
+HEADER = ["what", "job", "beside", "ratio", "quartiles", "target", "met", "ms", "peak MiB"]
+LEAST = ["what", "job", "GFLOP", "MB", "least ms", "measured ms", "reached"]
+SAVED = "T5-base shape, kept by a training step, B=8 S=64"
+SAVED_TARGET = 1.11
+UNITS = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"}  # flags of /proc/cpuinfo
 
 
 @dataclass
@@ -48,7 +54,9 @@ class Benchmarks:
     only: list[str] = field(
         default_factory=lambda: list(GROUPS), metadata={"help": f"Groups of cases, of {', '.join(GROUPS)}."}
     )
-    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where. On cpu in one thread."})
+    device: Literal["cpu", "cuda", "all"] = field(
+        default="all", metadata={"help": "Where; all: on the CPU, and where torch sees a CUDA device on that."}
+    )
     rounds: int | None = field(default=None, metadata={"help": "Of every case. Default: each case's own."})
     out: str | None = field(default=None, metadata={"help": "Folder for table.md, figures.json and the plots."})
 
@@ -63,37 +71,98 @@ def machine(device: str) -> str:
     if info.is_file():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line[:10] == "model name"]
         cpu = names[0] if names else cpu
-    return f"{cpu}, {os.cpu_count()} cores, one thread; {versions}"
+        flags = {flag for line in info.read_text().splitlines() if line[:5] == "flags" for flag in line.split()}
+        cpu += "".join(f", {shown}" for flag, shown in UNITS.items() if flag in flags)
+    return f"{cpu}; {os.cpu_count()} cores, one thread; {versions}"
 
 
-def row(found: Measured) -> list[str]:
-    """A line of the table."""
-    target = "" if found.case.target is None else f"<= {found.case.target:.2f}"
-    met = {None: "", True: "yes", False: "no"}[found.met]
-    limit = reached = memory = ""
-    if found.limits:
-        ours, theirs = found.limits
-        limit, reached = f"{ours / theirs:.2f}", f"{ours / found.ours:.0%}, {theirs / found.theirs:.0%}"
-    if found.megabytes:
-        memory = ", ".join("-" if peak is None else f"{peak:.0f}" for peak in found.megabytes)
-    times = f"{1e3 * found.ours:.2f}"
-    return [found.case.what, found.case.against, f"{found.ratio:.2f}", target, met, times, limit, reached, memory]
+def rows(found: Measured, targets: bool = True) -> list[list[str]]:
+    """A case's lines of the table."""
+    lines = []
+    for pair in found.case.pairs:
+        ratio, memory = found.ratio(pair), ""
+        wanted = pair.target is not None and targets
+        if found.megabytes:
+            peaks = (found.megabytes[pair.ours], found.megabytes[pair.theirs])
+            memory = ", ".join("-" if peak is None else f"{peak:.0f}" for peak in peaks)
+        lines.append([
+            found.case.what, pair.ours, pair.theirs, f"{ratio.median:.3f}", f"{ratio.low:.2f} to {ratio.high:.2f}",
+            f"<= {pair.target:.2f}" if wanted else "", ("yes" if found.met(pair) else "no") if wanted else "",
+            f"{1e3 * found.median(pair.ours):.2f}", memory,
+        ])  # fmt: skip
+    return lines
 
 
-HEADER = ["what", "against", "ratio", "target", "met", "ms", "limit", "reached", "peak MiB"]
+def saved_row(ours: float, plain: float) -> list[str]:
+    """The line of memory kept for the backward, in MiB."""
+    met = "yes" if ours / plain <= SAVED_TARGET else "no"
+    target = f"<= {SAVED_TARGET:.2f}"
+    return [SAVED, text_block.SMEAR, text_block.PLAIN, f"{ours / plain:.3f}", "", target, met, "", ""]
+
+
+def least_rows(found: Measured) -> list[list[str]]:
+    """What a case's jobs must do at least, and how near they are to it."""
+    if found.rates is None or found.case.least is None:
+        return []
+    lines, size = [], found.case.least.dtype.itemsize
+    for job, work in found.case.least.work.items():
+        gigaflops, megabytes = totals(work, size)
+        least, took = 1e3 * seconds(work, found.rates, size), 1e3 * found.median(job)
+        figures = [f"{gigaflops:.3g}", f"{megabytes:.3g}", f"{least:.3g}", f"{took:.3g}", f"{least / took:.0%}"]
+        lines.append([found.case.what, job, *figures])
+    return lines
+
+
+def machine_rates(found: Sequence[Measured]) -> str:
+    """What the lower bounds rest on."""
+    said = {}
+    for one in found:
+        if one.rates and one.case.least:
+            kind, size = str(one.case.least.dtype).removeprefix("torch."), one.case.least.numbers
+            said[kind, size] = (
+                f"{kind}: {one.rates.flops / 1e9:.0f} GFLOP/s in a large product, "
+                f"{one.rates.bytes / 1e9:.1f} GB/s in a copy of {size:,} numbers"
+            )
+    return "; ".join(said.values())
 
 
 def without_empty(lines: Sequence[Sequence[str]]) -> list[list[str]]:
     """The lines without the columns in which no line but the header has anything."""
-    kept = [any(line[place] for line in lines[1:]) for place in range(len(HEADER))]
+    kept = [any(line[place] for line in lines[1:]) for place in range(len(lines[0]))]
     return [[cell for cell, keep in zip(line, kept, strict=True) if keep] for line in lines]
 
 
-def markdown(lines: Sequence[Sequence[str]], device: str) -> str:
-    """The table for the README."""
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
     header, *rest = lines
-    ruler = ["---" if name in ("what", "against", "met") else "---:" for name in header]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ruler, *rest)) + f"\n\n{machine(device)}\n"
+    words = ("what", "job", "beside", "quartiles", "target", "met")
+    ruler = ["---" if name in words else "---:" for name in header]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ruler, *rest)) + "\n"
+
+
+def measure_on(device: str, settings: Benchmarks) -> None:
+    """All chosen cases on a device: printed, and written where that is wanted."""
+    cases = [case for name in settings.only for case in GROUPS[name]()]
+    found = [measure(case, settings.rounds, device) for case in tqdm(cases, unit="case", desc=device)]
+    saved = whole_models.t5_saved(8, 64, 8) if "models" in settings.only and device == "cpu" else None
+    kept = [saved_row(*saved)] if saved else []
+    shown, apart = (
+        without_empty([HEADER, *(line for one in some for line in rows(one, device == "cpu")), *kept])
+        for some in (found, [one for one in found if one.case.point is None])  # a curve's points are in its picture
+    )
+    table = Table(*shown[0])
+    for line in shown[1:]:
+        table.add_row(*line)
+    Console(width=160).print(table)
+    print(machine(device))
+    if settings.out:
+        folder = Path(settings.out) / ("" if device == "cpu" else device)
+        least = [line for one in found for line in least_rows(one)]
+        bounds = f"\n{markdown([LEAST, *least])}\n{machine_rates(found)}\n" if least else ""
+        write_text(folder / "table.md", f"{markdown(apart)}{bounds}\n{machine(device)}\n")
+        figures = {"machine": machine(device), "t5_saved_mebibytes": saved, "cases": list(map(as_json, found))}
+        write_json(folder / "figures.json", figures)
+        draw_plots(found, folder)
 
 
 def main() -> None:
@@ -105,35 +174,29 @@ def main() -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; leave --device away to measure on the CPU.")
     level()
-    cases: list[Case] = [case for name in settings.only for case in GROUPS[name]()]
-    found = [measure(case, settings.rounds, settings.device) for case in tqdm(cases, unit="case")]
-    lines = without_empty([HEADER, *map(row, found)])
-    table = Table(*lines[0])
-    for line in lines[1:]:
-        table.add_row(*line)
-    Console(width=150).print(table)
-    saved = whole_models.t5_saved(8, 64, 8) if "models" in settings.only else None
-    if saved:
-        ours, plain = saved
-        print(
-            f"T5-base shape, kept by a training step, B=8 S=64: {ours:.0f} MiB, plain {plain:.0f}: {ours / plain:.3f}"
-        )
-    print(machine(settings.device))
-    if settings.out:
-        folder = Path(settings.out)
-        apart = [one for one in found if one.case.point is None]  # a curve's points are in its picture
-        write_text(folder / "table.md", markdown(without_empty([HEADER, *map(row, apart)]), settings.device))
-        figures = {"machine": machine(settings.device), "t5_saved_mebibytes": saved, "cases": list(map(as_json, found))}
-        write_json(folder / "figures.json", figures)
-        draw_plots(found, folder)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices if settings.device == "all" else [settings.device]:
+        measure_on(device, settings)
 
 
 def as_json(found: Measured) -> dict[str, object]:
     """Everything that was measured of a case."""
     case = found.case
-    return {"what": case.what, "against": case.against, "target": case.target, "seconds": found.ours,
-            "against_seconds": found.theirs, "ratio": found.ratio, "limits": found.limits,
-            "peak_mebibytes": found.megabytes, "point": case.point}  # fmt: skip
+
+    def pair_json(pair: Pair) -> dict[str, object]:
+        return {**pair._asdict(), **found.ratio(pair)._asdict()}
+
+    return {
+        "what": case.what,
+        "pairs": list(map(pair_json, case.pairs)),
+        "seconds": {job: found.median(job) for job in found.seconds},
+        "rounds": len(next(iter(found.seconds.values()))),
+        "least": None
+        if case.least is None or found.rates is None
+        else {job: seconds(work, found.rates, case.least.dtype.itemsize) for job, work in case.least.work.items()},
+        "peak_mebibytes": found.megabytes,
+        "point": case.point,
+    }
 
 
 if __name__ == "__main__":

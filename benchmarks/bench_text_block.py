@@ -14,16 +14,20 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.case import Case
-from benchmarks.text_block import cases
+from benchmarks.text_block import cases, decoding
 from benchmarks.timing import level
 
+ALL = [
+    (case, job)
+    for case in cases() + decoding()
+    for job in dict.fromkeys(job for pair in case.pairs for job in pair[:2])
+]
 
-@pytest.mark.parametrize("who", ["ours", "theirs"])
-@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.what} against {case.against}")
+
+@pytest.mark.parametrize(("case", "name"), ALL, ids=[f"{case.what}: {job}" for case, job in ALL])
 @pytest.mark.benchmark(timer=time.thread_time, warmup=True)
-def test_block(benchmark: BenchmarkFixture, case: Case, who: str) -> None:
+def test_block(benchmark: BenchmarkFixture, case: Case, name: str) -> None:
     """One job of a case; `case.make` has checked its numbers."""
     level()
     torch.manual_seed(0)
-    pair = case.make()
-    benchmark(pair.ours if who == "ours" else pair.theirs)
+    benchmark(case.make()[name])

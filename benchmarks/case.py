@@ -1,64 +1,77 @@
-"""What a benchmark measures: two jobs and the ratio that their times are meant to have."""
+"""What a benchmark measures: jobs that take turns, and the ratios that their times are meant to have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.memory import peak_megabytes
-from benchmarks.roofline import Work, measured_rates, seconds
-from benchmarks.timing import medians
+from benchmarks.roofline import Rates, Work, measured_rates
+from benchmarks.timing import interleaved
 
 Job = Callable[[], object]
+Jobs = Mapping[str, Job]
 
 
 class Pair(NamedTuple):
-    """The job in question and the one that it is measured against."""
+    """Two of a case's jobs.
 
-    ours: Job
-    theirs: Job
+    Attributes:
+        ours: the one in question.
+        theirs: what it is measured beside.
+        target: the largest ratio of the two times that is wanted; None: none is.
+    """
+
+    ours: str
+    theirs: str
+    target: float | None = None
 
 
 class Least(NamedTuple):
-    """What both jobs must do at least, for roofline.py.
+    """What jobs must do at least, for roofline.py.
 
     Attributes:
-        ours: operations.
-        theirs: likewise.
+        work: operations of each job.
         dtype: of all numbers.
         numbers: of the features.
     """
 
-    ours: list[Work]
-    theirs: list[Work]
+    work: Mapping[str, list[Work]]
     dtype: torch.dtype
     numbers: int
 
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table.
+    """Jobs on the same shapes, and lines of the table.
 
     Attributes:
         what: is run, and on which shapes.
-        against: what.
-        target: the largest ratio of the two times that is wanted; None: none is.
-        make: builds both jobs, and checks that they give the same numbers where they should.
-        rounds: of which the median is taken.
+        make: builds the jobs, and checks that they give the same numbers where they should.
+        pairs: a line for each.
+        rounds: in which each job has its turn.
         point: curve, mode and place on its axis, for the plots.
         least: what must be done at least, where that was worked out.
     """
 
     what: str
-    against: str
-    target: float | None
-    make: Callable[[], Pair]
-    rounds: int = 60
+    make: Callable[[], Jobs]
+    pairs: tuple[Pair, ...]
+    rounds: int = 61
     point: tuple[str, str, int] | None = None
     least: Least | None = None
+
+
+class Ratio(NamedTuple):
+    """Of the times of two jobs: the median over rounds, and the quartiles. Below 1: the first is faster."""
+
+    median: float
+    low: float
+    high: float
 
 
 class Measured(NamedTuple):
@@ -66,31 +79,36 @@ class Measured(NamedTuple):
 
     Attributes:
         case: what was measured.
-        ours: seconds; of thread CPU time, or on a CUDA device of its events.
-        theirs: likewise.
-        limits: seconds that both need at least on this machine (roofline.py); None where they were not worked out.
-        megabytes: peak memory of both on a CUDA device; None elsewhere.
+        seconds: of each job in each round; thread CPU time, or on a CUDA device of its events.
+        rates: of this machine, where `case.least` is known.
+        megabytes: peak memory of each job on a CUDA device; None elsewhere.
     """
 
     case: Case
-    ours: float
-    theirs: float
-    limits: tuple[float, float] | None = None
-    megabytes: tuple[float | None, float | None] | None = None
+    seconds: Mapping[str, list[float]]
+    rates: Rates | None = None
+    megabytes: Mapping[str, float | None] | None = None
 
-    @property
-    def ratio(self) -> float:
-        """Below 1: ours is faster."""
-        return self.ours / self.theirs
+    def median(self, job: str) -> float:
+        """Seconds of a job."""
+        return statistics.median(self.seconds[job])
 
-    @property
-    def met(self) -> bool | None:
-        """Whether the target was met, if there is one."""
-        return None if self.case.target is None else self.ratio <= self.case.target
+    def ratio(self, pair: Pair) -> Ratio:
+        """Both jobs of a round met the same machine, so each round has its ratio."""
+        rounds = zip(self.seconds[pair.ours], self.seconds[pair.theirs], strict=True)
+        quotients = [ours / theirs for ours, theirs in rounds]
+        if len(quotients) == 1:
+            quotients *= 2
+        low, median, high = statistics.quantiles(quotients, n=4, method="inclusive")
+        return Ratio(median, low, high)
+
+    def met(self, pair: Pair) -> bool | None:
+        """Whether a pair's target was met, if it has one."""
+        return None if pair.target is None else self.ratio(pair).median <= pair.target
 
 
 def measure(case: Case, rounds: int | None = None, device: str = "cpu") -> Measured:
-    """Interleaved medians of a case.
+    """A case's jobs in turn.
 
     Args:
         case: what to measure.
@@ -99,23 +117,14 @@ def measure(case: Case, rounds: int | None = None, device: str = "cpu") -> Measu
     """
     torch.manual_seed(0)
     with torch.device(device):
-        pair = case.make()
+        jobs = case.make()
     if device == "cpu":
-        found = medians(pair._asdict(), rounds or case.rounds)
-        return Measured(case, found["ours"], found["theirs"], limits(case.least))
-    jobs = {name: in_half(job, device) for name, job in pair._asdict().items()}
-    found = medians(jobs, rounds or case.rounds, device=device)
-    peaks = (peak_megabytes(jobs["ours"]), peak_megabytes(jobs["theirs"]))
-    return Measured(case, found["ours"], found["theirs"], None, peaks)
-
-
-def limits(least: Least | None) -> tuple[float, float] | None:
-    """The least seconds of both jobs on one thread of this machine."""
-    if least is None:
-        return None
-    rates = measured_rates(least.dtype, least.numbers)
-    ours, theirs = (seconds(work, rates, least.dtype.itemsize) for work in (least.ours, least.theirs))
-    return ours, theirs
+        least = case.least
+        rates = None if least is None else measured_rates(least.dtype, least.numbers)
+        return Measured(case, interleaved(jobs, rounds or case.rounds), rates)
+    halves = {name: in_half(job, device) for name, job in jobs.items()}
+    seconds = interleaved(halves, rounds or case.rounds, device=device)
+    return Measured(case, seconds, None, {name: peak_megabytes(job) for name, job in halves.items()})
 
 
 def in_half(job: Job, device: str) -> Job:

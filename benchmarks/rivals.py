@@ -8,7 +8,7 @@ twice: once to see what its classifier shall read, once with the mixture. The ba
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ from peft import LoraConfig, PolyConfig, XLoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.case import Case, Pair
-from benchmarks.text_block import BOTTLENECK, EXPERTS, WIDTH, PlainAdapter
+from benchmarks.case import Case, Jobs, Pair
+from benchmarks.text_block import BOTTLENECK, EXPERTS, PLAIN, WIDTH, PlainAdapter
 from benchmarks.whole_models import loss_job, questions, shared_copy, with_adapters
 from smear_peft import SmearConfig
 
@@ -73,23 +73,23 @@ RIVALS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def against_plain(name: str, batch: int, length: int, train: bool) -> Pair:
-    """A routed method beside plain adapters on the same base: logits, or a training step."""
+def jobs(batch: int, length: int, train: bool, names: Sequence[str] = tuple(RIVALS)) -> Jobs:
+    """Routed methods and plain adapters on the same base: the loss, or a training step."""
     base, given = base_model(), questions(batch, length)
     labels = given["input_ids"].clone()
     labels[:, :-ANSWER] = MASKED
-    tasks = {"task_ids": torch.arange(batch) % EXPERTS} if name.startswith("Poly") else {}
-    ours, theirs = RIVALS[name](shared_copy(base)), plain(shared_copy(base))
     given["labels"] = labels
-    return Pair(loss_job(ours, given | tasks, train), loss_job(theirs, given, train))
+    tasks = {"task_ids": torch.arange(batch) % EXPERTS}
+    return {
+        name: loss_job(make(shared_copy(base)), given | tasks if name.startswith("Poly") else given, train)
+        for name, make in ({name: RIVALS[name] for name in names} | {PLAIN: plain}).items()
+    }
 
 
 def cases() -> list[Case]:
     """Every routed method beside plain adapters."""
-    shape = f"Llama of {LAYERS} layers, B=8 S=64"
+    pairs = tuple(Pair(name, PLAIN) for name in RIVALS)
     return [
-        Case(f"{name}: {shape}, {'training step' if train else 'forward'}", "plain", None,
-             partial(against_plain, name, 8, 64, train), 7)
-        for train in (False, True)
-        for name in RIVALS
-    ]  # fmt: skip
+        Case(f"Llama of {LAYERS} layers, B=8 S=64, {mode}", partial(jobs, 8, 64, train), pairs, 9)
+        for train, mode in ((False, "forward"), (True, "training step"))
+    ]

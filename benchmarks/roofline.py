@@ -75,13 +75,38 @@ def adapter(shape: Shape, train: bool) -> list[Work]:
     return forward + backward if train else forward
 
 
-def smear(shape: Shape, train: bool) -> list[Work]:
-    """Pooling, merging by one product, the adapter with a merged expert for each example; the router is left out."""
+def smear(shape: Shape, train: bool, pools: bool = True) -> list[Work]:
+    """Merging by one product, the adapter with a merged expert for each example; the router itself is left out.
+
+    Args:
+        shape: of the block, and its N experts.
+        train: with the gradients.
+        pools: whether the block takes the mean of its own features.
+    """
     features = shape.batch * shape.length * shape.width
     merging = product(shape.batch, shape.experts, 2 * shape.width * shape.bottleneck)
-    forward = [touched(features), merging]
-    backward = [merging, merging, touched(2 * features)]
+    forward = [touched(pools * features), merging]
+    backward = [merging, merging, touched(2 * pools * features)]
     return forward + adapter(shape._replace(merged=shape.batch), train) + (backward if train else [])
+
+
+def projecting(shape: Shape) -> list[Work]:
+    """Training without merged experts: products with all of them, averaged before the activation and after it."""
+    tokens, inner = shape.batch * shape.length, shape.experts * shape.bottleneck
+    down, up = product(tokens, shape.width, inner), product(tokens, inner, shape.width)
+    features, hidden, narrow = tokens * shape.width, tokens * inner, tokens * shape.bottleneck
+    forward = [down, touched(hidden + 3 * narrow), touched(narrow + hidden), up, touched(5 * features)]
+    backward = [
+        touched(3 * features),
+        up,
+        up,
+        touched(2 * hidden),
+        touched(3 * narrow),
+        touched(2 * hidden),
+        down,
+        down,
+    ]
+    return [*forward, *backward, touched(3 * features)]
 
 
 def ensemble(shape: Shape, apart: bool) -> list[Work]:
@@ -101,7 +126,7 @@ def ensemble(shape: Shape, apart: bool) -> list[Work]:
         weighting, back = [average], [average, average]
     else:
         up = product(tokens, inner, shape.width)
-        weighting, back = [touched(2 * hidden)], [touched(2 * hidden), touched(3 * hidden)]
+        weighting, back = [touched(2 * hidden)], [touched(2 * hidden), touched(2 * hidden)]
     forward = [
         touched(features),
         down,
@@ -113,6 +138,16 @@ def ensemble(shape: Shape, apart: bool) -> list[Work]:
     ]
     backward = [touched(3 * features), *back, up, up, touched(3 * hidden), down, down, touched(3 * features)]
     return [*forward, *backward, touched(2 * features)]
+
+
+def totals(work: Sequence[Work], size: int) -> tuple[float, float]:
+    """Billions of floating-point operations, millions of bytes.
+
+    Args:
+        work: the operations.
+        size: bytes of a number.
+    """
+    return sum(one.flops for one in work) / 1e9, size * sum(one.numbers for one in work) / 1e6
 
 
 def seconds(work: Sequence[Work], rates: Rates, size: int) -> float:

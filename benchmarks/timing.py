@@ -40,10 +40,10 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
-def medians(
+def interleaved(
     jobs: Mapping[str, Callable[[], object]], repeats: int, seed: int = 0, device: str = "cpu"
-) -> dict[str, float]:
-    """Median seconds of each job, of this thread's CPU time or between two events of a CUDA device.
+) -> dict[str, list[float]]:
+    """Seconds of each job in each round, of this thread's CPU time or between two events of a CUDA device.
 
     The jobs take turns in a new random order each round. A round calls each one twice and times the second call, so
     that every job finds caches and allocator as itself has left them.
@@ -61,7 +61,12 @@ def medians(
         for name in order.sample(list(jobs), len(jobs)):
             jobs[name]()
             seconds[name].append(timed(jobs[name]))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def medians(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each job; arguments as of `interleaved`."""
+    return {name: statistics.median(values) for name, values in interleaved(jobs, repeats).items()}
 
 
 def thread_seconds(job: Callable[[], object]) -> float:

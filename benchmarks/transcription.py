@@ -160,6 +160,12 @@ UPDATES: dict[str, Transcription] = {
 UPDATES["hash"] = tag
 
 
+def decoder_block(s: State, x: Tensor, state: Tensor) -> Tensor:
+    """SMEAR in a decoder, x (B * beams, L, D): in each block and each step anew from the encoder's state (B, S, D)."""
+    p = logits(s, state).softmax(-1).repeat_interleave(x.shape[0] // state.shape[0], 0)
+    return x + layer_norm(merged(s, x, p), s["norm.weight"], s["norm.bias"])
+
+
 def block(routing: str, s: State, x: Tensor, tags: Tensor, training: bool = False) -> Tensor:
     """The features plus LayerNorm(u): (B, L, D)."""
     return x + layer_norm(UPDATES[routing](s, x, tags, training), s["norm.weight"], s["norm.bias"])

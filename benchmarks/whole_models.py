@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
-from benchmarks.case import Case, Job, Pair
-from benchmarks.text_block import BOTTLENECK, EXPERTS, WIDTH, PlainAdapter
+from benchmarks.case import Case, Job, Jobs, Pair
+from benchmarks.text_block import BOTTLENECK, EXPERTS, PLAIN, SMEAR, TRANSCRIBED, WIDTH, PlainAdapter
 from smear_peft import SmearConfig, list_sites
+from smear_peft.context import RoutingContext
 
 T5_BASE = {"d_model": WIDTH, "d_ff": 2048, "d_kv": 64, "num_heads": 12, "num_layers": 12, "vocab_size": 32128}
 VOCABULARY = 32000  # token ids that questions are made of
-IMAGE_EXPERTS, IMAGE_BOTTLENECK, PIXELS, IMAGES = 6, 32, 112, 16
-CLASSES = 345
+IMAGE_EXPERTS, IMAGE_BOTTLENECK, CLASSES = 6, 32, 345
+RATE = 1e-6  # so small that weights stay what they are over many steps
 
 
 class Beside(nn.Module):
@@ -125,33 +126,37 @@ def questions(batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def t5_generate(batch: int, length: int, tokens: int) -> Pair:
+def t5_generate(batch: int, length: int, tokens: int) -> Jobs:
     """Greedy answers of a fixed length."""
     given = questions(batch, length)
 
-    def job(model: nn.Module) -> Callable[[], object]:
+    def job(model: nn.Module) -> Job:
         model.eval()
         return lambda: model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
 
-    return Pair(*map(job, t5_pair()))
+    return dict(zip((SMEAR, PLAIN), map(job, t5_pair()), strict=True))
 
 
-def t5_training(batch: int, length: int, target: int) -> Pair:
-    """Forward and backward down to every trained parameter."""
+def t5_training(batch: int, length: int, target: int) -> Jobs:
+    """Forward, backward and Adam."""
     given = questions(batch, length) | {"labels": questions(batch, target)["input_ids"]}
-    ours, plain = t5_pair()
-    return Pair(loss_job(ours, given, train=True), loss_job(plain, given, train=True))
+    return dict(zip((SMEAR, PLAIN), (loss_job(model, given, train=True) for model in t5_pair()), strict=True))
 
 
 def loss_job(model: nn.Module, given: dict[str, Tensor], train: bool) -> Job:
-    """A language model's loss in evaluation mode, or in training mode with its gradients."""
+    """A language model's loss in evaluation mode, or a training step."""
     model.train(train)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    return step_job(model, lambda: model(**given).loss) if train else torch.no_grad()(lambda: model(**given).loss)
 
-    def run() -> object:
-        with torch.set_grad_enabled(train):
-            loss = model(**given).loss
-        return torch.autograd.grad(loss, trained, allow_unused=True) if train else loss
+
+def step_job(model: nn.Module, loss: Callable[[], Tensor]) -> Job:
+    """Forward, backward and Adam on what trains."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+    def run() -> None:
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
 
     return run
 
@@ -174,7 +179,7 @@ def saved_megabytes(model: nn.Module, given: dict[str, Tensor]) -> float:
 
 
 def t5_saved(batch: int, length: int, target: int) -> tuple[float, float]:
-    """Megabytes of SMEAR and of plain adapters."""
+    """Mebibytes of SMEAR and of plain adapters."""
     given = questions(batch, length) | {"labels": questions(batch, target)["input_ids"]}
     ours, plain = (saved_megabytes(model, given) for model in t5_pair())
     return ours, plain
@@ -199,41 +204,70 @@ def resnet(adapter: str, channels_last: bool) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]
 
 
-def resnet_pair(ours: str, ours_last: bool, theirs: str, theirs_last: bool, train: bool) -> Pair:
-    """A ResNet beside another, each with its adapters and in its memory format."""
-    return Pair(resnet_job(ours, ours_last, train), resnet_job(theirs, theirs_last, train))
+def resnet_jobs(pixels: int, images: int, train: bool) -> Jobs:
+    """Each kind of adapter in each memory format, named after both."""
+    check_transcription()
+    return {
+        f"{adapter}, {'channels_last' if last else 'NCHW'}": resnet_job(name, last, train, pixels, images)
+        for adapter, name in ((SMEAR, "smear"), (PLAIN, "plain"), (TRANSCRIBED, "transcribed"))
+        for last in (False, True)
+    }
 
 
-def resnet_job(adapter: str, last: bool, train: bool) -> Job:
+def resnet_job(adapter: str, last: bool, train: bool, pixels: int, images: int) -> Job:
     """A ResNet's forward, or a training step in which the base's batch norms stay as they are."""
-    model, images = resnet(adapter, last), torch.randn(IMAGES, 3, PIXELS, PIXELS)
-    images = images.to(memory_format=torch.channels_last) if last else images
-    trained = [p for p in model.parameters() if p.requires_grad]
+    model, x = resnet(adapter, last), torch.randn(images, 3, pixels, pixels)
+    x = x.to(memory_format=torch.channels_last) if last else x
     model.eval()
     if not train:
-        return torch.no_grad()(lambda: model(images))
+        return torch.no_grad()(lambda: model(x))
     for name, module in model.named_modules():
         module.training = "adapter" in name or "smear_block" in name
-    return lambda: torch.autograd.grad(model(images).logsumexp(1).sum(), trained, allow_unused=True)
+    return step_job(model, lambda: model(x).logsumexp(1).sum())
+
+
+def check_transcription() -> None:
+    """The adapter that is written here gives a SMEAR block's numbers on feature maps.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    model = resnet("smear", False)
+    block = next(module for name, module in model.named_modules() if name.endswith("smear_block.default"))
+    ours = block.state()  # type: ignore[operator]
+    width = ours["norm.weight"].shape[0]
+    theirs = TranscribedImageAdapter(width, IMAGE_BOTTLENECK, IMAGE_EXPERTS)
+    pairs = {"norm.weight": "norm.weight", "norm.bias": "norm.bias", "down": "expert.down.weight",
+             "bias": "expert.down.bias", "up": "expert.up.weight", "router": "router.weight",
+             "input_norm.weight": "router.input_norm.weight", "input_norm.bias": "router.input_norm.bias",
+             "row_norm.weight": "router.weight_norm.weight"}  # fmt: skip
+    with torch.no_grad():
+        for own, tensor in theirs.named_parameters():
+            if own in pairs:
+                tensor.copy_(ours[pairs[own]].reshape(tensor.shape))
+        maps = torch.randn(4, width, 7, 7)
+        found = block.train()(maps, RoutingContext(rows=4))[0]
+        torch.testing.assert_close(found, theirs.train()(maps), rtol=1e-4, atol=1e-4)
 
 
 def cases() -> list[Case]:
     """Every case of a whole model whose measure is time."""
     found = [
-        Case("T5-base shape, 16 tokens, B=8 S=64", "plain", 1.02, partial(t5_generate, 8, 64, 16), 11),
-        Case("T5-base shape, training step, B=8 S=64", "plain", 1.03, partial(t5_training, 8, 64, 8), 11),
+        Case("T5-base shape, 16 tokens, B=8 S=64", partial(t5_generate, 8, 64, 16), (Pair(SMEAR, PLAIN, 1.02),), 15),
+        Case("T5-base shape, training step, B=8 S=64", partial(t5_training, 8, 64, 8), (Pair(SMEAR, PLAIN, 1.03),), 15),
     ]
-    size = f"ResNet18, {PIXELS} px, B={IMAGES}"
-    for train, slow, fast in ((True, 0.82, 1.05), (False, 0.79, 1.03)):
-        name = f"{size}, {'training step' if train else 'forward'}"
-        found += [
-            Case(f"{name}, channels_last", "transcription (NCHW)", slow,
-                 partial(resnet_pair, "smear", True, "transcribed", False, train), 15),
-            Case(f"{name}, channels_last", "plain (channels_last)", fast,
-                 partial(resnet_pair, "smear", True, "plain", True, train), 15),
-            Case(f"{name}, NCHW", "plain (NCHW)", fast,
-                 partial(resnet_pair, "smear", False, "plain", False, train), 15),
-            Case(f"plain adapters: {name}, channels_last", "plain (NCHW)", None,
-                 partial(resnet_pair, "plain", True, "plain", False, train), 15),
-        ]  # fmt: skip
+    wide, last = "NCHW", "channels_last"
+    for train, slow, fast in ((False, 0.79, 1.03), (True, 0.82, 1.05)):
+        mode = "training step" if train else "forward"
+        formats = Pair(f"{SMEAR}, {last}", f"{SMEAR}, {wide}")
+        pairs = (
+            Pair(f"{SMEAR}, {last}", f"{TRANSCRIBED}, {wide}", slow),
+            Pair(f"{SMEAR}, {last}", f"{PLAIN}, {last}", fast),
+            Pair(f"{SMEAR}, {wide}", f"{PLAIN}, {wide}", fast),
+            formats,
+            Pair(f"{PLAIN}, {last}", f"{PLAIN}, {wide}"),
+            Pair(f"{TRANSCRIBED}, {last}", f"{TRANSCRIBED}, {wide}"),
+        )
+        found.append(Case(f"ResNet18, 112 px, B=16, {mode}", partial(resnet_jobs, 112, 16, train), pairs, 21))
+        found.append(Case(f"ResNet18, 64 px, B=64, {mode}", partial(resnet_jobs, 64, 64, train), (formats,), 11))
     return found

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smear_peft.context import RoutingContext, check_mask, pool
+from smear_peft.context import RoutingContext
 from smear_peft.experts import BottleneckExperts, Expert
 from smear_peft.ia3_experts import ScalingExperts
 from smear_peft.lora_experts import LoraExperts
+from smear_peft.pooling import check_mask, pool
 from smear_peft.precision import cast, without_autocast
 from smear_peft.prompt import missing
 from smear_peft.routing import Mixture, Query, Use, get_method

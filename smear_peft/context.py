@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smear_peft.precision import at_least_float32, cast, without_autocast
+from smear_peft.pooling import pool
 
 if TYPE_CHECKING:
     from smear_peft.generation import Generation
@@ -130,42 +130,6 @@ def entered(context: RoutingContext) -> Iterator[RoutingContext]:
     finally:
         _AROUND.set(before)
         _FORWARDS.contexts = running
-
-
-def pool(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the positions that a mask keeps (paper, section 4: "averaged across the sequence").
-
-    Args:
-        x: (B, L, D).
-        mask: (B, L), non-zero where a position counts; None for all.
-
-    Returns:
-        (B, D), in at least float32. An example without positions pools to zero.
-
-    Raises:
-        ValueError: the mask has another shape; the message names `routing_mask`.
-    """
-    dtype = at_least_float32(x.dtype)
-    if mask is None:  # the gradient of a sum, unlike that of a mean, is never written out for every position
-        return x.sum(1, dtype=dtype) / x.shape[1]
-    check_mask(x, mask)
-    kept = (mask != 0).to(dtype)
-    with without_autocast(x.device):
-        total = torch.bmm(kept.unsqueeze(1), cast(x, dtype)).squeeze(1)
-    return total / kept.sum(1, keepdim=True).clamp(min=1)
-
-
-def check_mask(x: Tensor, mask: Tensor) -> None:
-    """A mask for features (B, L, D) must be (B, L).
-
-    Raises:
-        ValueError: it is not; the message names `routing_mask`.
-    """
-    if mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"The mask for routing has shape {tuple(mask.shape)}, but the features have (B, L) = {tuple(x.shape[:2])}. "
-            "Pass routing_mask=(B, L), non-zero at the positions that routers may see."
-        )
 
 
 def pooled_source(state: Tensor, mask: Tensor | None, poolings: tuple[str, ...]) -> Source:

@@ -35,9 +35,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Numbers that could be copied in the time that one more group's calls take (measured on a CPU; see `_grouping_pays`).
 CALLS_OF_A_GROUP = 2**17
-# Rows from which on, and products of a row (experts times positions) up to which, projecting with every expert takes
-# less time than merging; measured by the training cases of short sequences in `python -m benchmarks`.
-FEWEST_PROJECTED, MOST_PRODUCTS = 16, 24
+# Rows per product of a row (experts times positions) from which on, and products up to which, projecting with every
+# expert saves a tenth of merging's time or more, forward and backward: the cases "project" of `python -m benchmarks`.
+ROWS_OF_A_PRODUCT, MOST_PRODUCTS = 2, 32
 
 
 class Expert(NamedTuple):
@@ -168,9 +168,9 @@ class BottleneckExperts(nn.Module):
         experts, _, bottleneck = down.shape
         hidden = _shared(tokens, down.transpose(0, 1).flatten(1), bias.flatten())
         hidden = ACTIVATIONS[self.activation](hidden)
-        share = cast(weights, hidden.dtype).repeat_interleave(bottleneck, 1).unsqueeze(1)  # (R, 1, N r)
+        share = weights.repeat_interleave(bottleneck, 1).unsqueeze(1)  # (R, 1, N r), in at least float32
         assert share.shape[-1] == experts * bottleneck
-        return _shared(hidden * share, up.flatten(0, 1))
+        return _shared(cast(hidden * share, tokens.dtype), up.flatten(0, 1))
 
     def projected(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """What `run(tokens, merged(weights))` gives, on (R, L, D), without ever building a merged expert.
@@ -181,13 +181,13 @@ class BottleneckExperts(nn.Module):
         down, bias, up = self._stacked()
         dtype = torch.promote_types(weights.dtype, tokens.dtype)
         rows, length, _ = tokens.shape
-        share = cast(weights, dtype).repeat_interleave(length, 0)  # (R L, N)
-        flat = cast(tokens, dtype).flatten(0, 1)
+        share = cast(weights, dtype)
+        share = share if length == 1 else share.repeat_interleave(length, 0)  # (R L, N)
+        flat, side_by_side = cast(tokens, dtype).flatten(0, 1), cast(down, dtype).transpose(0, 1).flatten(1)
         with without_autocast(tokens.device):
-            products = (flat @ cast(down, dtype).transpose(0, 1).flatten(1)).unflatten(1, bias.shape)  # (R L, N, r)
-            hidden = torch.baddbmm((share @ cast(bias, dtype)).unsqueeze(1), share.unsqueeze(1), products)
-            hidden = ACTIVATIONS[self.activation](hidden)  # (R L, 1, r)
-            out = (share.unsqueeze(2) * hidden).flatten(1) @ cast(up, dtype).flatten(0, 1)
+            products = torch.addmm(cast(bias, dtype).flatten(), flat, side_by_side).unflatten(1, bias.shape)
+            hidden = ACTIVATIONS[self.activation](torch.bmm(share.unsqueeze(1), products))  # (R L, 1, r)
+            out = torch.bmm(share.unsqueeze(2), hidden).flatten(1) @ cast(up, dtype).flatten(0, 1)
         return cast(out, tokens.dtype).unflatten(0, (rows, length))
 
     def choose(self, tokens: Tensor, chosen: Tensor) -> Tensor:
@@ -252,8 +252,8 @@ class BottleneckExperts(nn.Module):
     def _projecting_pays(self, tokens: Tensor, weights: Tensor) -> bool:
         """Many short sequences leave merged experts too little to do: N products of all rows at once are cheaper."""
         rows, length, _ = tokens.shape
-        experts = weights.shape[1]
-        return weights.shape[0] == rows >= FEWEST_PROJECTED and experts * length <= MOST_PRODUCTS
+        products = weights.shape[1] * length
+        return weights.shape[0] == rows >= ROWS_OF_A_PRODUCT * products and products <= MOST_PRODUCTS
 
     def _grouping_pays(self, tokens: Tensor) -> bool:
         """Grouping moves L D numbers of a row twice, gathering copies 2 D r for it; but each group costs some calls.
@@ -284,10 +284,9 @@ def _like(x: Tensor, layout: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(R, L, i) by (R, i, o), plus bias (R, o): (R, L, o) in the memory layout of x."""
     if _is_channels_first(x):
-        product = torch.bmm(weight.mT, x.mT)
-        return product.mT if bias is None else product.add_(bias.unsqueeze(2)).mT
-    product = torch.bmm(x, weight)
-    return product if bias is None else product.add_(bias.unsqueeze(1))
+        weight, x = weight.mT, x.mT
+        return (torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, x)).mT
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
 def _shared(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smear_peft.context import ROUTED_ARGUMENTS, Source, as_mask, batch_size, entered, pool
+from smear_peft.context import ROUTED_ARGUMENTS, Source, as_mask, batch_size, entered
+from smear_peft.pooling import pool
 from smear_peft.prompt import Prompt, missing
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import rivals, text_block
+from benchmarks import rivals, text_block, whole_models
 from benchmarks.__main__ import main
-from benchmarks.case import Case, Pair, measure
+from benchmarks.case import Case, Measured, Pair, Ratio, measure
+from benchmarks.plots import draw_plots
 from benchmarks.roofline import Rates, Shape, Work, adapter, measured_rates, product, seconds, smear
 
 
@@ -48,28 +49,82 @@ def test_rates_are_measured_once() -> None:
     assert min(first) > 0
 
 
-def test_a_block_that_gives_other_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("train", [False, True])
+def test_a_block_that_gives_other_numbers_is_not_timed(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(text_block.transcription.UPDATES, "smear", lambda state, x, tags, training: 2 * x)
     with pytest.raises(AssertionError, match="not close"):
-        text_block.against_plain(2, 3, train=False)
+        text_block.block_jobs(2, 3, train)
 
 
-def test_a_case_says_whether_its_target_was_met() -> None:
+def test_a_block_with_other_gradients_is_not_timed() -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(AssertionError, match="not close"):
+        text_block.check(lambda leaf: leaf * leaf, lambda leaf: leaf * leaf.detach(), x, [])
+
+
+def test_the_transcription_on_feature_maps_is_a_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_models.check_transcription()
+    monkeypatch.setattr(whole_models.TranscribedImageAdapter, "forward", lambda self, x: x)
+    with pytest.raises(AssertionError, match="not close"):
+        whole_models.check_transcription()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_resnets_run_in_both_memory_formats(train: bool) -> None:
+    jobs = whole_models.resnet_jobs(pixels=32, images=2, train=train)
+    for job in jobs.values():
+        job()
+    named = {
+        name for case in whole_models.cases() if "ResNet18" in case.what for pair in case.pairs for name in pair[:2]
+    }
+    assert named == set(jobs)
+
+
+def test_a_ratio_is_that_of_jobs_in_the_same_round() -> None:
+    """The machine was twice as slow in the second round, and that changes no ratio."""
+    pair = Pair("a", "b", 1.5)
+    case = Case("some job", dict, (pair,))
+    found = Measured(case, {"a": [3.0, 6.0, 6.0], "b": [2.0, 4.0, 3.0]})
+    assert found.ratio(pair) == Ratio(1.5, 1.5, 1.75)
+    assert found.met(pair) is True
+    assert found.met(pair._replace(target=1.4)) is False
+    assert found.met(pair._replace(target=None)) is None
+
+
+def test_jobs_are_measured_under_their_names() -> None:
     slow, fast = (lambda: sum(range(200_000))), (lambda: None)
-    assert measure(Case("a", "b", 1.0, lambda: Pair(slow, fast), rounds=3)).met is False
-    assert measure(Case("a", "b", 1.0, lambda: Pair(fast, slow), rounds=3)).met is True
-    assert measure(Case("a", "b", None, lambda: Pair(fast, slow), rounds=3)).met is None
+    case = Case("some job", lambda: {"slow": slow, "fast": fast}, (Pair("slow", "fast", 1.0),), rounds=3)
+    found = measure(case)
+    assert {name: len(seconds) for name, seconds in found.seconds.items()} == {"slow": 3, "fast": 3}
+    assert found.met(case.pairs[0]) is False
 
 
-def test_the_command_writes_table_and_figures(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "decode", "--rounds", "2", "--out", str(tmp_path)])
+def test_the_command_writes_tables_and_figures(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--only", "decode", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
     main()
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["cases"][0]["what"] == "decode step, B=1"
-    assert all(case["ratio"] == case["seconds"] / case["against_seconds"] for case in figures["cases"])
-    table = (tmp_path / "table.md").read_text()
-    assert table.startswith("| what | against | ratio | target | met | ms | limit | reached |\n")
-    assert figures["machine"] in table
+    first = figures["cases"][0]
+    assert first["what"] == "decode step, B=1"
+    assert {job: least > 0 for job, least in first["least"].items()} == {"SMEAR": True, "plain": True}
+    table, least = (tmp_path / "table.md").read_text().split("\n\n")[:2]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert lines[0] == ["what", "job", "beside", "ratio", "quartiles", "target", "met", "ms"]
+    ratios = [f"{pair['median']:.3f}" for case in figures["cases"] for pair in case["pairs"]]
+    assert [line[3] for line in lines[2:]] == ratios
+    assert least.startswith("| what | job | GFLOP | MB | least ms | measured ms | reached |\n")
+    assert len(least.splitlines()) == 2 + 2 * len(figures["cases"])
+    assert figures["machine"] in (tmp_path / "table.md").read_text()
+
+
+def test_curves_are_drawn_as_multiples_of_a_plain_adapter(tmp_path) -> None:
+    pairs = (Pair("SMEAR", "plain"), Pair("transcription", "plain"))
+    seconds = {"SMEAR": [2.0, 2.0], "transcription": [3.0, 3.0], "plain": [1.0, 1.0]}
+    found = [Measured(Case("a point", dict, pairs, point=("N", "forward", count)), seconds) for count in (1, 2)]
+    path = draw_plots(found, tmp_path)
+    assert path is not None
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert draw_plots([Measured(Case("no point", dict, pairs), seconds)], tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +149,17 @@ def test_what_cannot_be_measured_is_an_error(
 
 @pytest.mark.parametrize("name", rivals.RIVALS)
 def test_a_rival_trains_beside_plain_adapters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training step moves parameters of each."""
     monkeypatch.setattr(rivals, "LAYERS", 1)
-    pair = rivals.against_plain(name, batch=2, length=24, train=True)
-    for job in pair:
-        assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in job())
+    monkeypatch.setattr(whole_models, "RATE", 1.0)
+    models: list[torch.nn.Module] = []
+    job = whole_models.step_job
+    monkeypatch.setattr(whole_models, "step_job", lambda model, loss: models.append(model) or job(model, loss))
+    jobs = rivals.jobs(batch=2, length=24, train=True, names=[name])
+    assert list(jobs) == [name, "plain"]
+    for step, model in zip(jobs.values(), models, strict=True):
+        before = {title: p.clone() for title, p in model.named_parameters()}
+        step()
+        moved = {title for title, p in model.named_parameters() if not torch.equal(p, before[title])}
+        assert moved
+        assert moved <= {title for title, p in model.named_parameters() if p.requires_grad}

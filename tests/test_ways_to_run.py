@@ -45,7 +45,7 @@ def trained(block, x, rows):
     return out, [g for g in grads if g is not None], shapes
 
 
-@given(experts=st.integers(2, 9), length=st.integers(1, 5), rows=st.integers(14, 20))
+@given(experts=st.integers(2, 9), length=st.integers(1, 5), rows=st.integers(4, 20))
 @settings(max_examples=40, deadline=None)
 def test_the_size_of_the_batch_changes_no_number(experts, length, rows):
     block = block_of(experts=experts)
@@ -59,7 +59,7 @@ def test_the_size_of_the_batch_changes_no_number(experts, length, rows):
 
 @pytest.mark.parametrize(
     ("rows", "length", "experts", "merges"),
-    [(16, 1, 8, False), (15, 1, 8, True), (16, 3, 8, False), (16, 4, 8, True), (64, 1, 24, False), (64, 1, 25, True)],
+    [(16, 1, 8, False), (15, 1, 8, True), (48, 3, 8, False), (47, 3, 8, True), (64, 1, 32, False), (66, 1, 33, True)],
 )
 def test_many_short_sequences_build_no_merged_experts(rows, length, experts, merges):
     block = block_of(experts=experts)
@@ -90,14 +90,28 @@ def test_short_sequences_in_other_dtypes_are_as_exact_as_merging(dtype):
     torch.testing.assert_close(out.double(), expected, rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("rows", [3, 200])
-def test_grouped_choices_are_gathered_ones(rows):
+@pytest.mark.parametrize(("rows", "grouped"), [(47, True), (46, False)])
+def test_grouped_choices_are_gathered_ones(rows, grouped, monkeypatch):
     """Wide experts on few positions are grouped when there are many rows (`choose`), gathered when there are few."""
     site = replace(SITE, width=256, bottleneck=24)
     block = block_of("tag", site=site)
-    x = torch.randn(200, 2, 256, dtype=torch.float64)
-    whole, grads, _ = trained(block, x, 200)
-    apart, expected, _ = trained(block, x, rows)
+    x = torch.randn(rows, 2, 256, dtype=torch.float64)
+    calls, choose = [], block.expert.choose
+    monkeypatch.setattr(block.expert, "choose", lambda *args: calls.append(len(args[0])) or choose(*args))
+    whole, grads, _ = trained(block, x, rows)
+    assert calls == ([rows] if grouped else [])
+    apart, expected, _ = trained(block, x, 3)
+    assert len(calls) == grouped
     torch.testing.assert_close(whole, apart)
     for ours, theirs in zip(grads, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_choices_are_not_grouped_in_a_graph():
+    block = block_of("tag", site=replace(SITE, width=256, bottleneck=24)).eval()
+    x, tags = torch.randn(47, 2, 256, dtype=torch.float64), torch.arange(47) % 4
+    compiled = torch.compile(
+        lambda some: block(some, RoutingContext(rows=47, tags=tags))[0], fullgraph=True, backend="eager"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), block(x, RoutingContext(rows=47, tags=tags))[0])
