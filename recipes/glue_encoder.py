@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -25,18 +26,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import smear_peft
+from recipes.checkpoint import FILE, Progress, load_checkpoint, save_checkpoint
 from recipes.controls import uniform
 from recipes.encoder_heads import HEADS, MINILM, Batch, Batches, adapt, answer, example_losses, load_encoder
 from recipes.glue_data import TASKS, load_glue
 from recipes.glue_scoring import score
-from recipes.image_checkpoint import FILE, Progress, load_checkpoint, save_checkpoint
-from recipes.image_models import is_routed
 from recipes.image_settings import located
 from recipes.multitask import Mixture, MixtureSampler
 from recipes.routed_row import RoutedRow
 from recipes.run_folder import refuse_other_run, write_json, write_lines, write_text, write_yaml, writing
 from recipes.settings import parse
+from recipes.trained import count_trained, is_routed
 from smear_peft.cards import draw_routes, run_card
 from smear_peft.cards.runs import Run
 from smear_peft.temperature import anneal_temperature
@@ -119,10 +123,6 @@ def run(job: EncoderJob, folder: Path) -> dict[str, Any]:
         with smear_peft.override_routes(model, uniform):
             control, _ = answers(model, rows, batches, job, "with uniform routes")
         metrics["uniform_routes"] = score(control, job.scoring)
-    trained = {"adapter": 0, "head": 0}
-    for title, p in model.named_parameters():
-        if p.requires_grad:
-            trained["head" if f"{HEADS}." in title else "adapter"] += p.numel()
     metrics |= {
         "reported": "last",
         "reported_step": progress.step,
@@ -130,7 +130,7 @@ def run(job: EncoderJob, folder: Path) -> dict[str, Any]:
         "steps": progress.step,
         "examples_seen": progress.step * job.batch_size,
         "epochs": round(progress.step * job.batch_size / len(mixture), 3),
-        "trained_parameters": trained,
+        "trained_parameters": count_trained(model, HEADS),
         "rows": {task: {"train": len(glue[task].train), job.score_on: len(rows[task])} for task in glue},
         "seconds": {"train": round(progress.seconds, 1), "test": round(seconds, 1)},
     }

@@ -17,6 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from recipes.glue_data import TASKS
 from smear_peft.metrics.smear_glue.smear_glue import glue_metrics
 

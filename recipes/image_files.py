@@ -13,7 +13,7 @@ from torch import Tensor
 from recipes.image_set import LabelledImages
 from recipes.image_views import Crops, as_tensor, cut
 
-UNREADABLE = (OSError, SyntaxError, ValueError)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -71,7 +71,7 @@ class ImageFiles(LabelledImages):
             return open_image(path)
         except UNREADABLE as error:
             raise OSError(
-                f"{path} cannot be read ({error}). Repair it, or leave such images out with --on_bad_image skip."
+                f"{path} cannot be read any more ({error}). Repair it; the same command then goes on."
             ) from error
 
     @staticmethod

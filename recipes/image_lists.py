@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recipes.image_files import UNREADABLE, ImageFiles, decode
+from recipes.image_files import UNREADABLE, ImageFiles, decode, open_image
 from recipes.image_set import ImageSet, LabelledImages, Splits
+from recipes.processes import processes
+from recipes.run_folder import read_json
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +27,9 @@ VALIDATION_SHARE = 0.2
 VALIDATION_SEED = 42
 NAMED = 5
 MISSING = "missing"
+# What recipes.domainnet_hub keeps beside the lists, and under which key the lengths of all train lists.
+FETCHED, LENGTHS = "fetched.json", "train_lengths"
+OTHER = -1  # in the place of a domain that was not chosen
 
 
 class Entry(NamedTuple):
@@ -98,8 +106,7 @@ def load_images(
         root: the folder that the entries' paths start from.
         entries: what to read.
         domain_names: names of the domains that the entries count.
-        size: pixels of a side in memory; None: leave them in their files. Then all files must be there, and only with
-            "skip" each of them is opened beforehand: otherwise a broken one is an error when its turn comes.
+        size: pixels of a side in memory; None: leave them in their files, after decoding each of them once.
         on_bad_image: "error", or "skip" to go on without missing and broken files (they are logged and listed).
 
     Raises:
@@ -112,18 +119,17 @@ def load_images(
     found: list[Tensor | str | None]
     if size is not None:
         found = [read(path, size) for path in tqdm(paths, desc="reading images", leave=False)]
-    elif on_bad_image == "error":
-        found = [None if path.is_file() else MISSING for path in tqdm(paths, desc="looking for images", leave=False)]
     else:
-        with Pool() as pool:
-            checks = pool.imap(check, paths, chunksize=64)
-            found = list(tqdm(checks, desc="checking images", total=len(paths), leave=False))
+        found = check_all(paths)
     bad = [f"{entry.path} ({fault})" for entry, fault in zip(entries, found, strict=True) if isinstance(fault, str)]
     if bad:
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         message = f"{len(bad)} of {len(entries)} images in {root} cannot be read: {', '.join(bad[:NAMED])}{more}."
         if on_bad_image == "error":
-            raise OSError(f"{message} Repair them, or leave them out with --on_bad_image skip.")
+            raise OSError(
+                f"{message} Repair them, or leave them out with --on_bad_image skip (if training has begun, in another "
+                "--output_dir)."
+            )
         log.warning("%s They are left out.", message)
     good = [entry for entry, fault in zip(entries, found, strict=True) if not isinstance(fault, str)]
     if not good:
@@ -144,16 +150,36 @@ def read(path: Path, size: int) -> Tensor | str:
     """A decoded image, or what is wrong with its file."""
     try:
         return decode(path, size)
-    except FileNotFoundError:
-        return MISSING
     except UNREADABLE as error:
-        return f"broken: {error}"
+        return _fault(error)
 
 
 def check(path: Path) -> str | None:
     """What is wrong with an image file, if anything."""
-    fault = read(path, 1)
-    return fault if isinstance(fault, str) else None
+    try:
+        open_image(path)
+    except UNREADABLE as error:
+        return _fault(error)
+    return None
+
+
+def _fault(error: Exception) -> str:
+    return MISSING if isinstance(error, FileNotFoundError) else f"broken: {error}"
+
+
+def check_all(paths: Sequence[Path]) -> list[Tensor | str | None]:
+    """What is wrong with image files, on all cores; of several processes, each decodes its share."""
+    state = processes()
+    rank, world = state.process_index, state.num_processes
+    mine = paths[rank::world]
+    with Pool(max(1, (os.cpu_count() or 1) // world)) as pool:
+        checks = pool.imap(check, mine, chunksize=64)
+        bar = tqdm(checks, desc="checking images", total=len(mine), leave=False, disable=None if rank == 0 else True)
+        shares = gather_object([list(bar)])
+    found: list[Tensor | str | None] = [None] * len(paths)
+    for start, share in enumerate(shares):
+        found[start::world] = share
+    return found
 
 
 def load_splits(
@@ -175,15 +201,50 @@ def load_splits(
         domains: only these, in this order; none: all, by alphabet.
 
     Raises:
-        ValueError: a domain is not there.
+        ValueError: a domain is not there, or an image is named twice.
     """
     there = find_domains(root)
     if missing := [name for name in domains if name not in there]:
         raise ValueError(f"{root} has no domain {', '.join(missing)}; it has {', '.join(there)}.")
     names = list(domains) or there
-    train, validation = hold_out([read_list(root / f"{n}_train.txt", i) for i, n in enumerate(names)], validation_share)
+    train, validation = _cut(root, there, names, validation_share)
     test = [entry for i, n in enumerate(names) for entry in read_list(root / f"{n}_{test_list}.txt", i)]
-    whole = load_images(root, [*train, *validation, *test], names, size, on_bad_image)
+    entries = [*train, *validation, *test]
+    refuse_twice(root, entries)
+    whole = load_images(root, entries, names, size, on_bad_image)
     place = {name: i for i, name in enumerate(whole.names)}
     parts = ([place[e.path] for e in part if e.path in place] for part in (train, validation, test))
     return Splits(*(whole.select(torch.tensor(part, dtype=torch.long)) for part in parts))
+
+
+def _cut(root: Path, there: Sequence[str], names: Sequence[str], share: float) -> tuple[list[Entry], list[Entry]]:
+    """Train and validation entries of some domains: of each the same images, whichever others are chosen.
+
+    The lists of all domains are shuffled, since each one's cut depends on the lengths of those before it. A fetched
+    folder may have the length of a list alone.
+    """
+    lengths: dict[str, int] = read_json(root / FETCHED)[LENGTHS] if (root / FETCHED).is_file() else {}
+    lists = []
+    for name in sorted({*there, *lengths}):
+        place = names.index(name) if name in names else OTHER
+        absent = [Entry("", 0, OTHER)] * lengths.get(name, 0)
+        lists.append(read_list(root / f"{name}_train.txt", place) if name in there else absent)
+    train, validation = (
+        sorted((entry for entry in part if entry.domain != OTHER), key=lambda entry: entry.domain)
+        for part in hold_out(lists, share)
+    )
+    return train, validation
+
+
+def refuse_twice(root: Path, entries: Sequence[Entry]) -> None:
+    """Check that no image is named twice, in one list or in two.
+
+    Raises:
+        ValueError: one is; the message counts them and names the first.
+    """
+    twice = [path for path, count in Counter(entry.path for entry in entries).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} images are named more than once in the train and test lists in {root}, first {twice[0]}; "
+            "leave one line of each."
+        )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import peft
 import timm
-import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
@@ -68,11 +66,6 @@ def adapt(base: nn.Module, config: SmearConfig | None, classes: int) -> nn.Modul
     return peft.get_peft_model(base, config)
 
 
-def is_routed(model: nn.Module) -> bool:
-    """Whether the model carries adapters (a linear probe does not)."""
-    return isinstance(model, peft.PeftModel)
-
-
 def save_adapted(model: nn.Module, folder: Path) -> None:
     """Write what was trained, without the base."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,32 +95,3 @@ def drifted_statistics(model: peft.PeftModel) -> dict[str, Tensor]:
     if getattr(config, "base_batch_norm", "frozen") == "frozen":
         return {}
     return {name: buffer for name, buffer in model.named_buffers() if ".smear_" not in name}
-
-
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: parameters that it moves, and all running statistics."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return trained | dict(model.named_buffers())
-
-
-def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters and buffers of the same names.
-
-    Raises:
-        KeyError: the model has no such tensor, or misses one that it trains.
-    """
-    own = trained_tensors(model)
-    if own.keys() != tensors.keys():
-        raise KeyError(f"Tensors of another model: {', '.join(sorted(own.keys() ^ tensors.keys())[:5])}.")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
-
-def count_trained(model: nn.Module) -> dict[str, int]:
-    """Numbers that are trained: in the adapter, and in the head."""
-    sizes = {"adapter": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            sizes["head" if f"{HEAD}." in name else "adapter"] += parameter.numel()
-    return sizes

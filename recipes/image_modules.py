@@ -59,8 +59,9 @@ def run(job: ModulesJob, data: Splits | None = None) -> dict[str, Row]:
     folder = Path(job.output_dir)
     config = {f.name: getattr(job, f.name) for f in fields(job) if f.name != "output_dir"}
     refuse_other_run(folder, config, MAY_CHANGE)
+    data = data or load_data(job)
     write_yaml(folder / "config.yaml", config)
-    stages = Stages(folder, job, data or load_data(job))
+    stages = Stages(folder, job, data)
 
     stages.score("head alone", stages.base(), group=START, updates=0)
     plain_adapters_pooled(stages)

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 import smear_peft
 from recipes.image_batches import Batch, scoring_batches
-from recipes.image_models import is_routed
 from recipes.image_set import LabelledImages
 from recipes.image_settings import TrainingSettings
 from recipes.processes import processes
+from recipes.trained import is_routed
 from smear_peft.metrics.domain_accuracy.domain_accuracy import domain_accuracies
 
 DIGITS = 6
@@ -27,7 +27,7 @@ class Predictions(NamedTuple):
     """What a model said about M images.
 
     Attributes:
-        labels: (M,), the likeliest classes; -1 for an image that could not be read.
+        labels: (M,), the likeliest classes.
         routing: site -> domain -> mean routing distribution over the N experts; empty without adapters.
         seconds: that it took.
     """
@@ -75,12 +75,12 @@ def predict(
             else:
                 output = model(batch["x"])
         found.append((batch["index"].cpu(), output.argmax(-1).cpu()))
-    labels = torch.full((len(images),), -1)
+    labels = torch.empty(len(images), dtype=torch.long)
     for index, classes in gather_object(found):
         labels[index] = classes
     totals = gather_object([{site: total.cpu().double() for site, total in sums.items()}])
     seconds = time.perf_counter() - start
-    counts = torch.bincount(images.domains[labels >= 0], minlength=len(images.domain_names)).clamp(min=1)
+    counts = torch.bincount(images.domains, minlength=len(images.domain_names)).clamp(min=1)
     routing: Routing = {}
     for site in totals[0]:
         rows = (sum(total[site] for total in totals if site in total) / counts[:, None]).tolist()
@@ -93,15 +93,14 @@ def accuracies(predicted: Tensor, images: LabelledImages) -> dict[str, Any]:
     """Shares of right predictions, in [0, 1], by the metric `domain_accuracy`.
 
     Args:
-        predicted: (M,), classes; -1 for images that do not count.
+        predicted: (M,), classes.
         images: the M images.
 
     Returns:
         As `by_domain`.
     """
-    kept = (predicted >= 0).nonzero().squeeze(1)
-    domains = [images.domain_names[d] for d in images.domains[kept].tolist()]
-    return by_domain(predicted[kept].tolist(), images.labels[kept].tolist(), domains)
+    domains = [images.domain_names[d] for d in images.domains.tolist()]
+    return by_domain(predicted.tolist(), images.labels.tolist(), domains)
 
 
 def by_domain(predictions: list[int], labels: list[int], domains: list[str]) -> dict[str, Any]:

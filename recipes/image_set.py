@@ -22,7 +22,7 @@ class LabelledImages(ABC):
         domains: (M,), int64, indices into `domain_names`.
         names: M names, such as "photo/dog/056_0010.jpg"; unique.
         domain_names: the domains, in the order of the routing tags.
-        skipped: what could not be read, with the reason. Images that are decoded late are added to it late.
+        skipped: what could not be read, with the reason.
     """
 
     labels: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from recipes.routed_row import RoutedRow
@@ -13,6 +13,7 @@ from smear_peft import SmearConfig
 DIGITS = "digits"
 HUB = "wltjr1007/DomainNet"
 DATA = "$SMEAR_DATA"
+NOT_OF_DIGITS = ("domains", "dataset_revision", "stored_size", "validation_share", "test_list")
 
 
 @dataclass
@@ -99,6 +100,13 @@ class ImageJob(TrainingSettings, ImageAdapter, ImageData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        defaults = {f.name: getattr(ImageData(), f.name) for f in fields(ImageData)}
+        given = [name for name in NOT_OF_DIGITS if getattr(self, name) != defaults[name]]
+        if self.dataset == DIGITS and given:
+            raise ValueError(
+                f"dataset=digits has domains, splits and a size of its own, which cannot be set: leave out "
+                f"{', '.join(given)}."
+            )
         if self.report == "best" and not (self.eval_steps and self.validation_share):
             raise ValueError("report=best needs eval_steps and validation_share above 0; or set report=last.")
 

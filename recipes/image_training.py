@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import smear_peft
+from recipes.checkpoint import Progress, load_checkpoint, save_checkpoint
 from recipes.image_batches import Batch, training_batches
-from recipes.image_checkpoint import Progress, load_checkpoint, save_checkpoint
-from recipes.image_models import is_routed
 from recipes.image_scoring import ROUTED, accuracies, on_device, predict
 from recipes.image_set import LabelledImages
 from recipes.image_settings import TrainingSettings
 from recipes.processes import processes
+from recipes.trained import is_routed
 from smear_peft.temperature import anneal_temperature
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,10 @@ def train(
         The whole training's, with the best of it if there was a validation.
     """
     processes()
-    accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+    # Running statistics say nothing in training mode and are aligned where they do; and torch 2.9 takes their broadcast
+    # before AdaMix's second pass for a change of what the first one saved.
+    apart = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no", kwargs_handlers=[apart])
     rank, world = accelerator.process_index, accelerator.num_processes
     if settings.batch_size % world:
         raise ValueError(f"batch_size={settings.batch_size} is no multiple of {world} processes.")
@@ -81,7 +84,7 @@ def train(
         start = time.perf_counter()
         batch = on_device(next(batches), accelerator.device, settings.channels_last)
         progress.waiting += time.perf_counter() - start
-        if step == first or not model.training:
+        if step == first or not plain.training:  # validation leaves `plain` alone in evaluation mode
             training_mode(model, settings)
         if routed and (step == first or step % settings.anneal_every == 0):
             anneal_temperature(plain, step - 1, settings.anneal_every)

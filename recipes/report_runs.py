@@ -101,8 +101,7 @@ def _from_predictions(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if "task" in rows[0]:
         return score(rows, config["scoring"])
-    seen = [row for row in rows if row["prediction"] >= 0]
-    return by_domain(*([row[name] for row in seen] for name in ("prediction", "label", "domain")))
+    return by_domain(*([row[name] for row in rows] for name in ("prediction", "label", "domain")))
 
 
 def image_columns(metrics: dict[str, Any]) -> dict[str, float]:

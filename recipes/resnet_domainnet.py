@@ -25,10 +25,10 @@ if not __package__:  # run as a script
 
 import smear_peft
 from recipes import digits, image_lists
+from recipes.checkpoint import FILE, Progress, refuse_fewer_steps
 from recipes.controls import uniform
 from recipes.domainnet_hub import fetch
-from recipes.image_checkpoint import FILE, Progress
-from recipes.image_models import adapt, count_trained, load_base, put_back, save_adapted, trained_tensors
+from recipes.image_models import HEAD, adapt, load_base, save_adapted
 from recipes.image_scoring import Predictions, accuracies, predict
 from recipes.image_set import LabelledImages, Splits
 from recipes.image_settings import DIGITS, HUB, Command, ImageJob, located
@@ -37,6 +37,7 @@ from recipes.processes import processes
 from recipes.push import Push, push
 from recipes.run_folder import refuse_other_run, write_json, write_lines, write_text, write_yaml, writing
 from recipes.settings import parse
+from recipes.trained import count_trained, put_back, trained_tensors
 from smear_peft.cards import draw_routes, run_card
 from smear_peft.cards.runs import Run
 from smear_peft.hub import check_target
@@ -56,16 +57,23 @@ def run(job: ImageJob, folder: Path, data: Splits | None = None) -> dict[str, An
         The metrics, as in `metrics.json`.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings or more updates, or there is nothing to select by.
     """
     config, state = job_settings(job), processes()
     refuse_other_run(folder, config, MAY_CHANGE)
-    if state.is_main_process:
-        write_yaml(folder / "config.yaml", config)
-    state.wait_for_everyone()
-
-    # Images, and the model that learns them.
+    refuse_fewer_steps(folder / FILE, job.steps)
     data = data or load_data(job)
+    if job.report == "best" and not len(data.validation):
+        raise ValueError(
+            f"report=best has no images to select by: validation_share={job.validation_share} of the train lists is "
+            "none. Take a larger share, or report=last."
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:  # a job that was refused leaves nothing behind
+        (folder / "metrics.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
+        write_yaml(folder / "config.yaml", config)
+
+    # The model that learns them.
     torch.manual_seed(job.seed)
     classes = classes_of(data)
     base = load_base(job.base, job.weights)
@@ -147,7 +155,7 @@ def facts(job: ImageJob, progress: Progress, data: Splits, model: nn.Module) -> 
         "validation": {entry["step"]: entry["validation"] for entry in progress.log if "validation" in entry}.get(
             steps[job.report]
         ),
-        "trained_parameters": count_trained(model),
+        "trained_parameters": count_trained(model, HEAD),
         "images": {part: len(images) for part, images in zip(data._fields, data, strict=True)},
         "images_seen": progress.step * job.batch_size,
         "images_skipped": data.test.skipped,

@@ -79,13 +79,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _text("gemma3", "Gemma3Attention.o_proj", "Gemma3MLP.down_proj"),
     _text("gpt2", "GPT2Attention.c_proj", "GPT2MLP.c_proj"),
     _text("opt", "OPTAttention.out_proj", "OPTDecoderLayer.fc2"),
-    # Images: transformers around patches (the first two sites are transformers' newer names), then convolutions.
-    _image("vit", "ViTAttention.o_proj", "ViTMLP.fc2", "ViTSelfOutput.dense", "ViTOutput.dense"),
-    _image("deit", "DeiTAttention.o_proj", "DeiTMLP.fc2", "DeiTSelfOutput.dense", "DeiTOutput.dense"),
+    # Images: transformers around patches, then convolutions.
+    _image("vit", "ViTAttention.o_proj", "ViTMLP.fc2"),
+    _image("deit", "DeiTAttention.o_proj", "DeiTMLP.fc2"),
     _timm("vit", "vision_transformer", "Block.attn.proj", "Block.mlp.fc2"),
     # Swin's attention runs on windows, of which an example has many: a route per window would be none per example.
-    _image("swin", "SwinMLP.fc2", "SwinOutput.dense"),
-    _image("swinv2", "Swinv2MLP.fc2", "Swinv2Output.dense"),
+    _image("swin", "SwinMLP.fc2"),
+    _image("swinv2", "Swinv2Output.dense"),
     _timm("swin", "swin_transformer", "SwinTransformerBlock.mlp.fc2"),
     _timm("swin v2", "swin_transformer_v2", "SwinTransformerV2Block.mlp.fc2"),
     _image("convnext", "ConvNextLayer.pwconv2"),
@@ -96,6 +96,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _timm("resnet", "resnet", "BasicBlock.act2", "Bottleneck.act3"),
     _timm("sk resnet", "sknet", "SelectiveKernelBasic.act", "SelectiveKernelBottleneck.act"),
     _timm("tresnet", "tresnet", "BasicBlock.act", "Bottleneck.act"),
+    _timm("resnest", "resnest", "ResNestBottleneck.act3"),
+    _timm("byob", "byobnet", "BasicBlock.act", "BottleneckBlock.act", "EdgeBlock.act", "SelfAttnBlock.act"),
     _timm("resnet v2", "resnetv2", "Bottleneck.act3", "PreActBottleneck.conv3", "PreActBasic.conv2"),
 )
 

@@ -87,14 +87,15 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
     config = copy.deepcopy(config)
     config.check()
     if config.target_modules is None:
-        names = architectures.site_names(modules)
+        names = [name for name in architectures.site_names(modules) if stacks.holds(name)]
         if get_method(config.routing).sees_all_positions:
             names = [name for name in names if stacks.kind_of(name) != "decoder"]
         if not names:
             raise ValueError(_nothing_found(modules, "None"))
         config.target_modules = _shortest(names, modules, config)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        config.target_modules = _shortest(_all_linear(modules, config), modules, config)
+        names = [name for name in _all_linear(modules, config) if stacks.holds(name)]
+        config.target_modules = _shortest(names, modules, config)
     if config.train_layer_norms is None:
         config.train_layer_norms = config.expert_type == "bottleneck" and bool(layer_norm_names(modules))
     if config.task_type in LATE_HEADS:

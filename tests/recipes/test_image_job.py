@@ -180,6 +180,40 @@ def test_two_processes_give_what_one_gives(pictures, tmp_path):
             assert routes[1][site][domain] == pytest.approx(weights, abs=1e-4)
 
 
+MODES = """
+import sys, torch, torch.distributed as dist
+from recipes import image_training, resnet_domainnet
+from smear_peft import SmearLayer
+modes, step, train = [], image_training.routed_step, resnet_domainnet.train
+def noted(model, batch):
+    modes.append(all(site.training for site in model.modules() if isinstance(site, SmearLayer)))
+    return step(model, batch)
+def compared(model, *args, **kwargs):
+    progress = train(model, *args, **kwargs)
+    own = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    other = own.clone()
+    dist.broadcast(other, 0)
+    said = f"rank {dist.get_rank()}: {modes.count(True)} of {len(modes)}, {torch.equal(own, other)}\\n"
+    print(said, end="", flush=True)
+    modes.clear()
+    return progress
+image_training.routed_step, resnet_domainnet.train = noted, compared
+for routing in ("smear", "reinforce", "adamix"):
+    resnet_domainnet.main([*sys.argv[1:], "--routing", routing, "--output_dir", f"{sys.argv[-1]}/{routing}"])
+"""
+
+
+def test_two_processes_train_in_training_mode_after_a_validation(pictures, tmp_path):
+    """Default BatchNorm and expert dropout, and AdaMix, whose second pass must meet the first one's buffers."""
+    program = tmp_path / "program.py"
+    program.write_text(MODES)
+    given = small(pictures, steps=3, expert_dropout=0.3, output_dir=str(tmp_path))
+    del given["stored_size"]  # images in files, which both processes check
+    printed = torchrun(str(program), *words(given), PYTHONPATH=str(ROOT))
+    for rank in (0, 1):
+        assert printed.count(f"rank {rank}: 3 of 3, True") == 3
+
+
 # Rows and options
 
 
@@ -249,6 +283,23 @@ def test_a_folder_with_another_run_is_refused(finished, pictures):
         run(job(pictures, num_experts=3, learning_rate=0.1), finished)
 
 
+def test_fewer_steps_than_are_done_are_refused(pictures, tmp_path):
+    run(job(pictures, steps=4), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors has 4 updates behind it, more than steps=3"):
+        run(job(pictures, steps=3), tmp_path / "run")
+    assert read_yaml(tmp_path / "run" / "config.yaml")["steps"] == 4
+
+
+def test_a_job_that_is_refused_leaves_its_folder_to_the_next(tmp_path):
+    folder = picture_folder(tmp_path / "pictures")
+    (folder / "seen/class0/train0.png").write_bytes(b"no image")
+    for size in (24, None):
+        with pytest.raises(OSError, match=r"1 of 48 images .*--on_bad_image skip"):
+            run(job(folder, stored_size=size), tmp_path / "run")
+    run(job(folder, steps=1, on_bad_image="skip"), tmp_path / "run")
+    assert read_json(tmp_path / "run" / "metrics.json")["images"] == {"train": 23, "validation": 6, "test": 18}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -256,6 +307,8 @@ def test_a_folder_with_another_run_is_refused(finished, pictures):
         ({"adapter_options": '{"experts": 3}'}, "SmearConfig has no field experts"),
         ({"routing": "smaer"}, "smaer"),
         ({"domains": ["seen", "unseen"]}, "has no domain unseen; it has drawn, seen"),
+        ({"validation_share": 0.01}, "report=best has no images to select by: validation_share=0.01"),
+        ({"dataset": "digits"}, "dataset=digits has domains, splits and a size of its own.* leave out stored_size"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message, pictures, tmp_path):

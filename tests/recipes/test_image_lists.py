@@ -116,14 +116,27 @@ def test_files_that_stay_where_they_are_give_the_same_images(folder):
     assert late.train.cropped(index, draw_crops(2, 0.5, True, torch.Generator()), 16).shape == (2, 3, 16, 16)
 
 
-def test_late_images_that_are_missing_are_told_early_and_broken_ones_by_name(folder):
+def test_late_images_that_are_bad_are_counted_and_named_early(folder):
     break_two(folder)
-    with pytest.raises(OSError, match=r"1 of 28 images .* drawn/class0/train 0.png \(missing\)"):
+    with pytest.raises(OSError, match=r"2 of 28 images .* cannot be read") as error:
         image_lists.load_splits(folder, size=None)
-    Image.new("RGB", (12, 8)).save(folder / "drawn/class0/train 0.png")
+    for word in ("drawn/class0/train 0.png (missing)", "seen/class1/test 1.png (broken", "--on_bad_image skip"):
+        assert word in str(error.value)
+
+
+def test_an_image_that_breaks_later_is_named(folder):
     test = image_lists.load_splits(folder, size=None).test
-    with pytest.raises(OSError, match=r"seen/class1/test 1.png cannot be read .*--on_bad_image skip"):
+    break_two(folder)
+    with pytest.raises(OSError, match=r"seen/class1/test 1.png cannot be read any more .*Repair it"):
         test.centred(torch.arange(8), 8, 1.0)
+
+
+@pytest.mark.parametrize("size", [8, None])
+def test_an_image_of_too_many_pixels_is_bad(folder, size, monkeypatch):
+    Image.new("RGB", (50, 50)).save(folder / "drawn/class0/train 0.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(OSError, match=r"1 of 28 images .* drawn/class0/train 0.png \(broken: .*decompression bomb"):
+        image_lists.load_splits(folder, size)
 
 
 def test_late_images_that_are_bad_can_be_skipped_but_never_silently(folder, caplog):
@@ -141,6 +154,31 @@ def test_domains_can_be_chosen(folder):
     assert all(name.startswith("seen/") for part in splits for name in part.names)
     with pytest.raises(ValueError, match="no domain heard; it has drawn, seen"):
         image_lists.load_splits(folder, size=8, domains=["heard"])
+
+
+@pytest.mark.parametrize("domains", [["seen"], ["seen", "drawn"]])
+def test_a_domains_validation_part_does_not_depend_on_the_chosen_ones(folder, domains):
+    whole, chosen = (image_lists.load_splits(folder, size=8, domains=names) for names in ((), domains))
+    for name in domains:
+        for part, all_of in zip(chosen, whole, strict=True):
+            assert part.only(name).names == all_of.only(name).names
+    assert chosen.train.domain_names == domains
+    assert chosen.train.domains.tolist() == sorted(chosen.train.domains.tolist())
+
+
+def test_with_all_domains_the_cut_is_the_published_one(folder):
+    lists = [image_lists.read_list(folder / f"{name}_train.txt", i) for i, name in enumerate(("drawn", "seen"))]
+    splits = image_lists.load_splits(folder, size=8)
+    for part, entries in zip(splits, image_lists.hold_out(lists), strict=False):
+        assert part.names == [entry.path for entry in entries]
+
+
+@pytest.mark.parametrize("target", ["drawn_train.txt", "drawn_test.txt", "seen_test.txt"])
+def test_an_image_that_is_named_twice_is_refused(folder, target):
+    with (folder / target).open("a") as file:
+        file.write("drawn/class1/train 1.png 1\n")
+    with pytest.raises(ValueError, match=r"1 images are named more than once .* first drawn/class1/train 1.png"):
+        image_lists.load_splits(folder, size=8)
 
 
 @pytest.mark.parametrize("line", ["drawn/class0/a.png", "drawn/class0/a.png zero", " 3"])

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recipes.image_models import put_back, trained_tensors
+from recipes.trained import put_back, trained_tensors
 
 FILE = "checkpoint.safetensors"
 Tensors = dict[str, Tensor]
@@ -98,6 +98,19 @@ def load_checkpoint(
         mine = states[accelerator.process_index % len(states)]
         torch.set_rng_state(mine) if name == "cpu" else torch.cuda.set_rng_state(mine, accelerator.device)
     return progress
+
+
+def refuse_fewer_steps(path: Path, steps: int) -> None:
+    """Check that a checkpoint, if there is one, is of no more updates than are wanted.
+
+    Raises:
+        ValueError: it is of more.
+    """
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            done = json.loads(file.metadata()["progress"])["step"]
+        if done > steps:
+            raise ValueError(f"{path} has {done} updates behind it, more than steps={steps}.")
 
 
 def _random_states(device: torch.device) -> Tensors:
