@@ -26,8 +26,8 @@ from recipes.figures import Point, accuracy_against_speed
 from recipes.report_cost import TEST_SPEED, Speed, cost_table
 from recipes.report_page import Picture, page
 from recipes.report_paper import in_papers_order, paper_dropout_table, paper_table
-from recipes.report_runs import find_runs, group, read_run
-from recipes.report_tables import WIDE, Rows, Table, against, dropout_table, long_form, scores_table
+from recipes.report_runs import TASK_AVERAGE, Run, find_runs, group, read_run
+from recipes.report_tables import WIDE, Rows, Table, against, dropout_table, long_form, scores_table, trained_evenly
 from recipes.run_folder import read_json, write_text, writing
 from recipes.settings import parse
 from smear_peft.analysis import plot_routing, plot_similarity, similarity
@@ -80,10 +80,22 @@ def all_tables(rows: Rows, reference: str, speed: Speed, paper: bool) -> list[Ta
     return [
         scores_table(rows, speed),
         *([against(rows, reference)] if len(rows) > 1 else []),
+        *further_tests(rows, reference),
         *([dropout] if dropout else []),
         cost_table(rows, speed),
         *([paper_table(rows), paper_dropout_table(rows)] if paper else []),
     ]
+
+
+def further_tests(rows: Rows, reference: str) -> list[Table]:
+    """Differences from SMEAR's experts without routes, and those in the mean of the tasks."""
+    tables, even = [], trained_evenly(rows)
+    if even and even != reference and len(rows) > 1:
+        table = against(rows, even)
+        tables.append(table._replace(title=f"{table.title} from {even}"))
+    if len(rows) > 1 and TASK_AVERAGE in rows[reference][0].scores:
+        tables.append(against(rows, reference, TASK_AVERAGE))
+    return tables
 
 
 def all_pictures(rows: Rows, speed: Speed, folder: Path) -> list[Picture]:
@@ -123,10 +135,24 @@ def explanation(rows: Rows) -> str:
     runs = [run for some in rows.values() for run in some]
     recomputed = sum(run.recomputed for run in runs)
     return (
-        f"{len(runs)} runs. Scores are percentages, mean ± standard deviation over seeds. Those of {recomputed} runs "
-        f"were computed again from their predictions, those of {len(runs) - recomputed} are as recorded. Routing "
-        "weights are those of each row's first seed: experts have no order that seeds would share."
+        f"{len(runs)} runs. {budget(runs)}Scores are percentages, mean ± standard deviation over seeds. Those of "
+        f"{recomputed} runs were computed again from their predictions, those of {len(runs) - recomputed} are as "
+        "recorded. Routing weights are those of each row's first seed: experts have no order that seeds would share."
     )
+
+
+def budget(runs: Iterable[Run]) -> str:
+    """Whether all saw the same number of examples, and whether that is less than an epoch."""
+    runs = list(runs)
+    counts = (run.metrics.get("images_seen", run.metrics.get("examples_seen")) for run in runs)
+    seen: set[int] = {count for count in counts if count is not None}
+    epochs = [run.metrics["epochs"] for run in runs if "epochs" in run.metrics]
+    if len(seen) > 1:
+        return f"They did not see the same number of examples in training: {min(seen):,} to {max(seen):,}. "
+    if not seen:
+        return ""
+    least = f", {min(epochs):.2f} of an epoch: an under-trained comparison" if epochs and min(epochs) < 1 else ""
+    return f"All saw {seen.pop():,} examples in training{least}. "
 
 
 def keep(runs: Iterable[Path], report: Path, folder: Path) -> None:

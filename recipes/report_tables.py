@@ -17,6 +17,7 @@ MISSING = "–"
 WIDE = "1x_parameters"
 PAPERS_DROPOUT = ("smear", "top_k", "st_gumbel", "reinforce")  # rows of its table 1
 DIGITS = 4
+LEVEL = 0.05
 
 
 class Table(NamedTuple):
@@ -103,47 +104,80 @@ def scores_table(rows: Rows, speed: Mapping[str, Mapping[str, float]]) -> Table:
     return Table("Scores", ["row", *columns, "seeds", "trained", *measures], cells)
 
 
-def against(rows: Rows, reference: str) -> Table:
-    """The difference of each row's headline figure from the reference row's, seed by seed, and whether it is noise.
+def against(rows: Rows, reference: str, column: str = "") -> Table:
+    """The difference of each row from the reference row, seed by seed, and whether it is noise.
 
     Experts under uniform routes are compared with their own row.
+
+    Args:
+        rows: all of them.
+        reference: one of them.
+        column: of the scores; empty: the headline.
     """
     scores = with_controls(rows)
     other = {row: reference for row in rows if row != reference}
     other |= {control(row): row for row in rows if control(row) in scores}
-    return differences(scores, other, rows[reference][0].headline)
+    return differences(scores, other, column or rows[reference][0].headline)
+
+
+def trained_evenly(rows: Rows) -> str | None:
+    """The row of SMEAR's experts that were merged evenly in training, too."""
+    found = (name for name, runs in rows.items() if runs[0].config.get("routes", "learned") == "uniform")
+    return next((name for name in found if rows[name][0].config["routing"] == "smear"), None)
+
+
+class Paired(NamedTuple):
+    """Differences of two rows over the seeds that both have.
+
+    Attributes:
+        apart: of each seed.
+        p: of a paired t test; None with fewer than two different differences.
+    """
+
+    apart: list[float]
+    p: float | None
+
+    @classmethod
+    def of(cls, own: Mapping[int, float], other: Mapping[int, float]) -> Paired:
+        """Scores by seed."""
+        pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+        apart = [a - b for a, b in pairs]
+        varied = len(set(apart)) > 1
+        return cls(apart, float(ttest_rel(*zip(*pairs, strict=True)).pvalue) if varied else None)
+
+    def cells(self, corrected: float | None) -> list[str]:
+        """Points, seeds, p and the corrected p."""
+        points = f"{statistics.fmean(self.apart):+.1f}" if self.apart else MISSING
+        tests = [MISSING if p is None else f"{p:.3f}" for p in (self.p, corrected)]
+        return [points, str(len(self.apart)), *tests]
+
+
+PAIRED = (
+    "Mean over the seeds that both rows have, and a paired t test over them, as it is and after Holm's correction for "
+    f"the number of tests. {MISSING}: no test, with fewer than two different differences."
+)
+
+
+def verdict(corrected: Mapping[str, float]) -> str:
+    """Which differences are more than noise, of those that were tested."""
+    found = ", ".join(name for name, p in corrected.items() if p < LEVEL) or "none"
+    return f"Below {LEVEL} after correction: {found}." if corrected else ""
 
 
 def differences(scores: Mapping[str, Scores], other: Mapping[str, str], headline: str) -> Table:
     """The difference of rows from other rows in a column, seed by seed, in the order of `scores`.
-
-    The p values are of paired t tests over the seeds that both rows have, as they are and after Holm's correction for
-    their number.
 
     Args:
         scores: of all rows.
         other: row -> the row that it is compared with.
         headline: the column.
     """
-    tested: list[tuple[str, list[float], float | None]] = []
-    for row, seeds in ((row, seeds) for row, seeds in scores.items() if row in other):
-        base = scores[other[row]]
-        shared = sorted(seeds.keys() & base.keys())
-        pairs = [(seeds[seed][headline], base[seed][headline]) for seed in shared]
-        apart = [own - others for own, others in pairs]
-        varied = len(set(apart)) > 1
-        tested.append((row, apart, float(ttest_rel(*zip(*pairs, strict=True)).pvalue) if varied else None))
-    corrected = holm({row: p for row, _, p in tested if p is not None})
-    cells = []
-    for row, apart, p in tested:
-        difference = f"{statistics.fmean(apart):+.1f}" if apart else MISSING
-        tests = [MISSING, MISSING] if p is None else [f"{p:.3f}", f"{corrected[row]:.3f}"]
-        cells.append([row, other[row], difference, str(len(apart)), *tests])
-    note = (
-        "Mean over the seeds that both rows have, and a paired t test over them, as it is and after Holm's correction "
-        f"for the number of tests. {MISSING}: no test, with fewer than two different differences."
-    )
-    return Table(f"Differences in {headline}", ["row", "from", "points", "seeds", "p", "p (Holm)"], cells, note)
+    values = {row: {seed: found[headline] for seed, found in seeds.items()} for row, seeds in scores.items()}
+    tested = {row: Paired.of(values[row], values[other[row]]) for row in scores if row in other}
+    corrected = holm({row: pair.p for row, pair in tested.items() if pair.p is not None})
+    cells = [[row, other[row], *pair.cells(corrected.get(row))] for row, pair in tested.items()]
+    columns = ["row", "from", "points", "seeds", "p", "p (Holm)"]
+    return Table(f"Differences in {headline}", columns, cells, f"{PAIRED} {verdict(corrected)}".strip())
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:
@@ -166,7 +200,7 @@ def dropout_table(rows: Rows) -> Table | None:
         settings = {key: value for key, value in settings_of(runs[0]).items() if key != "expert_dropout"}
         if runs[0].expert_dropout is not None:
             pairs.setdefault(repr(sorted(settings.items(), key=str)), {})[runs[0].expert_dropout > 0] = (name, runs)
-    cells = []
+    tested: dict[str, tuple[list[str], Paired]] = {}
     for pair in pairs.values():
         name = min((name for name, _ in pair.values()), key=len)
         if len(pair) < 2 and name not in PAPERS_DROPOUT:
@@ -175,12 +209,12 @@ def dropout_table(rows: Rows) -> Table | None:
             {run.seed: run.scores[run.headline] for run in pair[kind][1]} if kind in pair else {}
             for kind in (False, True)
         )
-        both = [on[seed] - off[seed] for seed in sorted(on.keys() & off.keys())]
-        change = f"{statistics.fmean(both):+.1f}" if both else MISSING
         sides = [shown(list(some.values())) if some else MISSING for some in (off, on)]
-        cells.append([name, *sides, change, str(len(both))])
-    columns = ["method", "without", "with expert dropout", "change", "seeds"]
-    note = f"{MISSING}: not run. The change is the mean over the seeds that both sides have."
+        tested[name] = sides, Paired.of(on, off)
+    corrected = holm({name: both.p for name, (_, both) in tested.items() if both.p is not None})
+    cells = [[name, *sides, *both.cells(corrected.get(name))] for name, (sides, both) in tested.items()]
+    columns = ["method", "without", "with expert dropout", "change", "seeds", "p", "p (Holm)"]
+    note = f"{MISSING}: not run. {PAIRED} {verdict(corrected)}".strip()
     return Table("Expert dropout", columns, cells, note) if cells else None
 
 

@@ -45,9 +45,9 @@ def made(runs, tmp_path_factory) -> Path:
     return root
 
 
-def means(runs: Path, row: str, part: str = "average", key: str | None = None) -> list[float]:
+def means(runs: Path, row: str, mean: str = "metrics", key: str | None = None) -> list[float]:
     found = [read_json(runs / f"{row}-seed{seed}" / "metrics.json") for seed in (0, 1)]
-    return [(one[key] if key else one)[part]["metrics"] for one in found]
+    return [(one[key] if key else one)["average"][mean] for one in found]
 
 
 def test_the_report_has_every_number_both_means_and_the_control(runs, made):
@@ -72,6 +72,10 @@ def test_differences_are_paired_by_seed(runs, made):
         difference = statistics.fmean(a - b for a, b in zip(own, reference, strict=True))
         assert found[1:5] == ["1x_parameters", f"{difference:+.1f}", "2", f"{ttest_rel(own, reference).pvalue:.3f}"]
     assert cells(text, "Differences in average", "smear, merged evenly in the test")[1] == "smear"
+    assert cells(text, "Differences in average from smear_trained_uniform", "smear")[1] == "smear_trained_uniform"
+    tasks = [means(runs, row, "tasks") for row in ("smear", "1x_parameters")]
+    assert cells(text, "Differences in task average", "smear")[4] == f"{ttest_rel(*tasks).pvalue:.3f}"
+    assert "an under-trained comparison" in text
 
 
 def test_cost_by_the_formula_takes_the_longest_text(made):

@@ -9,7 +9,7 @@ from scipy.stats import ttest_rel
 
 from recipes import report
 from recipes.report_tables import holm
-from recipes.run_folder import write_json, write_lines, write_yaml
+from recipes.run_folder import read_json, write_json, write_lines, write_yaml
 from recipes.t5_glue import main as t5_glue
 from tests.recipes.small import command
 
@@ -90,7 +90,47 @@ def test_holms_correction():
 def test_expert_dropout_is_shown_on_and_off(runs, tmp_path, capsys):
     report.main([str(runs), "--out", str(tmp_path / "out")])
     found = cells(capsys.readouterr().out, "Expert dropout", "smear")
-    assert found == ["smear", "68.3 ± 7.6", "75.0 ± 5.0", "+6.7", "3"]
+    p = f"{ttest_rel([75, 80, 70], [70, 60, 75]).pvalue:.3f}"
+    assert found == ["smear", "68.3 ± 7.6", "75.0 ± 5.0", "+6.7", "3", p, p]
+
+
+def test_smear_is_also_tested_against_even_routes(runs, tmp_path, capsys):
+    for seed in range(3):
+        write_run(runs / f"smear_trained_uniform-seed{seed}", (3 + seed % 2, 4), seed=seed, routes="uniform")
+    report.main([str(runs), "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    found = cells(text, "Differences in micro from smear_trained_uniform", "smear")
+    p = ttest_rel([75, 80, 70], [35, 40, 35]).pvalue
+    assert found[1:5] == ["smear_trained_uniform", "+38.3", "3", f"{p:.3f}"]
+    assert float(found[5]) < 0.05
+    told = text.partition("## Differences in micro from")[2].partition("\n|")[0]
+    assert "Below 0.05 after correction: smear, " in told or told.rstrip().endswith("smear.")
+    assert "Below 0.05 after correction: none." in text.partition("## Expert dropout")[2]
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        ([{"images_seen": 19_200}] * 2, "2 runs. All saw 19,200 examples in training. Scores"),
+        (
+            [{"examples_seen": 90, "epochs": 0.25}] * 2,
+            "All saw 90 examples in training, 0.25 of an epoch: an under-tra",
+        ),
+        ([{"examples_seen": 90, "epochs": 2.0}] * 2, "All saw 90 examples in training. Scores"),
+        (
+            [{"images_seen": 90}, {"images_seen": 64}],
+            "They did not see the same number of examples in training: 64 to 90.",
+        ),
+        ([{}, {}], "2 runs. Scores"),
+    ],
+)
+def test_the_report_says_what_was_seen(seen, words, tmp_path):
+    for seed, found in enumerate(seen):
+        folder = tmp_path / "runs" / f"smear-seed{seed}"
+        write_run(folder, (5, 6), seed=seed)
+        write_json(folder / "metrics.json", read_json(folder / "metrics.json") | found)
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert words in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_same_folders_give_the_same_bytes_and_small_parts_suffice(runs, tmp_path):

@@ -96,7 +96,7 @@ def test_cost_by_the_formula_stands_beside_the_measured(made):
 def test_missing_controls_are_shown_as_missing(made):
     text = (made / "README.md").read_text()
     assert cells(text, "Scores", "smear, merged evenly in the test")[1:] == ["–", "–", "–", "–", "0", "–", "–"]
-    assert cells(text, "Expert dropout", "smear") == ["smear", "–", "60.0", "–", "0"]
+    assert cells(text, "Expert dropout", "smear") == ["smear", "–", "60.0", "–", "0", "–", "–"]
     for table in read_tables(text):
         assert all(cell for row in table for cell in row), "a missing cell is shown as nothing"
 
