@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import smear_peft
+from recipes.domain_scores import by_domain
 from recipes.image_batches import Batch, scoring_batches
 from recipes.image_set import LabelledImages
 from recipes.image_settings import TrainingSettings
 from recipes.processes import processes
 from recipes.trained import is_routed
-from smear_peft.metrics.domain_accuracy.domain_accuracy import domain_accuracies
 
 DIGITS = 6
 ROUTED = ("x", "routing_tags", "example_ids")
@@ -101,15 +101,3 @@ def accuracies(predicted: Tensor, images: LabelledImages) -> dict[str, Any]:
     """
     domains = [images.domain_names[d] for d in images.domains.tolist()]
     return by_domain(predicted.tolist(), images.labels.tolist(), domains)
-
-
-def by_domain(predictions: list[int], labels: list[int], domains: list[str]) -> dict[str, Any]:
-    """Shares of right predictions, in [0, 1].
-
-    Returns:
-        "domains": one per domain, in the order in which they first occur; "micro": over all images (the paper's
-        "Final"); "macro": mean over domains.
-    """
-    found = domain_accuracies(predictions, labels, domains)
-    ordered = {name: found[f"accuracy_{name}"] for name in dict.fromkeys(domains)}
-    return {"domains": ordered, "micro": found["accuracy_micro"], "macro": found["accuracy_macro"]}

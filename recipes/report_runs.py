@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from recipes.domain_scores import by_domain
 from recipes.glue_scoring import score
-from recipes.image_scoring import by_domain
 from smear_peft.cards.runs import Run as RunFolder
 from smear_peft.cards.runs import read_run as read_folder
 from smear_peft.routing import ROUTINGS, get_method

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from recipes import rescore
-from recipes.image_scoring import by_domain
+from recipes.domain_scores import by_domain
 from recipes.image_settings import ImageJob
 from recipes.resnet_domainnet import load_base, main, run
 from recipes.run_folder import read_json, read_yaml
