@@ -28,7 +28,7 @@ from transformers import HfArgumentParser
 from benchmarks import rivals, text_block, whole_models
 from benchmarks.case import Case, Measured, Pair, measure
 from benchmarks.plots import draw_plots
-from benchmarks.roofline import seconds, totals
+from benchmarks.roofline import totals
 from benchmarks.timing import level
 from recipes.run_folder import write_json, write_text
 
@@ -69,9 +69,9 @@ def machine(device: str) -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line[:10] == "model name"]
-        cpu = names[0] if names else cpu
-        flags = {flag for line in info.read_text().splitlines() if line[:5] == "flags" for flag in line.split()}
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        said = {name.strip(): value.strip() for name, _, value in lines}
+        cpu, flags = said.get("model name", cpu), said.get("flags", "").split()
         cpu += "".join(f", {shown}" for flag, shown in UNITS.items() if flag in flags)
     return f"{cpu}; {os.cpu_count()} cores, one thread; {versions}"
 
@@ -102,12 +102,11 @@ def saved_row(ours: float, plain: float) -> list[str]:
 
 def least_rows(found: Measured) -> list[list[str]]:
     """What a case's jobs must do at least, and how near they are to it."""
-    if found.rates is None or found.case.least is None:
-        return []
-    lines, size = [], found.case.least.dtype.itemsize
-    for job, work in found.case.least.work.items():
-        gigaflops, megabytes = totals(work, size)
-        least, took = 1e3 * seconds(work, found.rates, size), 1e3 * found.median(job)
+    lines = []
+    for job, seconds in found.least.items():
+        assert found.case.least is not None
+        gigaflops, megabytes = totals(found.case.least.work[job], found.case.least.dtype.itemsize)
+        least, took = 1e3 * seconds, 1e3 * found.median(job)
         figures = [f"{gigaflops:.3g}", f"{megabytes:.3g}", f"{least:.3g}", f"{took:.3g}", f"{least / took:.0%}"]
         lines.append([found.case.what, job, *figures])
     return lines
@@ -191,9 +190,7 @@ def as_json(found: Measured) -> dict[str, object]:
         "pairs": list(map(pair_json, case.pairs)),
         "seconds": {job: found.median(job) for job in found.seconds},
         "rounds": len(next(iter(found.seconds.values()))),
-        "least": None
-        if case.least is None or found.rates is None
-        else {job: seconds(work, found.rates, case.least.dtype.itemsize) for job, work in case.least.work.items()},
+        "least": found.least or None,
         "peak_mebibytes": found.megabytes,
         "point": case.point,
     }

@@ -17,11 +17,7 @@ from benchmarks.case import Case
 from benchmarks.text_block import cases, decoding
 from benchmarks.timing import level
 
-ALL = [
-    (case, job)
-    for case in cases() + decoding()
-    for job in dict.fromkeys(job for pair in case.pairs for job in pair[:2])
-]
+ALL = [(case, job) for case in cases() + decoding() for job in case.jobs]
 
 
 @pytest.mark.parametrize(("case", "name"), ALL, ids=[f"{case.what}: {job}" for case, job in ALL])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.memory import peak_megabytes
-from benchmarks.roofline import Rates, Work, measured_rates
+from benchmarks.roofline import Rates, Work, measured_rates, seconds
 from benchmarks.timing import interleaved
 
 Job = Callable[[], object]
@@ -65,6 +65,11 @@ class Case:
     point: tuple[str, str, int] | None = None
     least: Least | None = None
 
+    @property
+    def jobs(self) -> list[str]:
+        """Those that its lines are about; no other needs to run."""
+        return list(dict.fromkeys(job for pair in self.pairs for job in (pair.ours, pair.theirs)))
+
 
 class Ratio(NamedTuple):
     """Of the times of two jobs: the median over rounds, and the quartiles. Below 1: the first is faster."""
@@ -88,6 +93,14 @@ class Measured(NamedTuple):
     seconds: Mapping[str, list[float]]
     rates: Rates | None = None
     megabytes: Mapping[str, float | None] | None = None
+
+    @property
+    def least(self) -> dict[str, float]:
+        """Seconds that jobs need at least, of those where that was worked out."""
+        if self.rates is None or self.case.least is None:
+            return {}
+        size = self.case.least.dtype.itemsize
+        return {job: seconds(work, self.rates, size) for job, work in self.case.least.work.items()}
 
     def median(self, job: str) -> float:
         """Seconds of a job."""
@@ -117,14 +130,15 @@ def measure(case: Case, rounds: int | None = None, device: str = "cpu") -> Measu
     """
     torch.manual_seed(0)
     with torch.device(device):
-        jobs = case.make()
+        made = case.make()
+    jobs = {name: made[name] for name in case.jobs}
     if device == "cpu":
         least = case.least
         rates = None if least is None else measured_rates(least.dtype, least.numbers)
         return Measured(case, interleaved(jobs, rounds or case.rounds), rates)
     halves = {name: in_half(job, device) for name, job in jobs.items()}
-    seconds = interleaved(halves, rounds or case.rounds, device=device)
-    return Measured(case, seconds, None, {name: peak_megabytes(job) for name, job in halves.items()})
+    times = interleaved(halves, rounds or case.rounds, device=device)
+    return Measured(case, times, None, {name: peak_megabytes(job) for name, job in halves.items()})
 
 
 def in_half(job: Job, device: str) -> Job:

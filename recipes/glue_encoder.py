@@ -30,7 +30,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import smear_peft
-from recipes.checkpoint import FILE, Progress, load_checkpoint, save_checkpoint
+from recipes.checkpoint import FILE, Progress, load_checkpoint, refuse_fewer_steps, save_checkpoint
 from recipes.controls import uniform
 from recipes.encoder_heads import HEADS, MINILM, Batch, Batches, adapt, answer, example_losses, load_encoder
 from recipes.glue_data import TASKS, load_glue
@@ -98,12 +98,13 @@ def run(job: EncoderJob, folder: Path) -> dict[str, Any]:
         The metrics, as in `metrics.json`.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings or more updates.
     """
     config = {f.name: getattr(job, f.name) for f in fields(EncoderJob)}
     refuse_other_run(folder, config, MAY_CHANGE)
     (folder / "metrics.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
     write_yaml(folder / "config.yaml", config)
+    refuse_fewer_steps(folder / FILE, job.steps)
 
     glue = load_glue(located(job.dataset), job.tasks, job.data_seed)
     encoder, tokenizer = load_encoder(job.base, job.dtype, job.dropout)
@@ -153,11 +154,7 @@ def first(rows: Any, count: int) -> Any:
 def train(
     model: nn.Module, mixture: Mixture, batches: Batches, job: EncoderJob, checkpoint: Path, label: str
 ) -> Progress:
-    """Train for `job.steps` updates; the order depends on the seed alone, so that all rows see the same batches.
-
-    Raises:
-        ValueError: the checkpoint is of more updates.
-    """
+    """Train for `job.steps` updates; the order depends on the seed alone, so that all rows see the same batches."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     trained = [p for p in model.parameters() if p.requires_grad]
     model.to(accelerator.device)
@@ -165,8 +162,6 @@ def train(
     progress = Progress()
     if checkpoint.is_file():
         progress = load_checkpoint(checkpoint, model, optimizer, accelerator)
-        if progress.step > job.steps:
-            raise ValueError(f"{checkpoint} has {progress.step} updates behind it, more than steps={job.steps}.")
     highest = [group["lr"] for group in optimizer.param_groups]
     sampler = MixtureSampler(mixture.sizes, job.batch_size, job.steps, job.seed, job.sampling_temperature)
     order = itertools.islice(iter(sampler), progress.step * job.batch_size, None)

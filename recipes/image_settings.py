@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from recipes.routed_row import RoutedRow
@@ -100,8 +100,8 @@ class ImageJob(TrainingSettings, ImageAdapter, ImageData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        defaults = {f.name: getattr(ImageData(), f.name) for f in fields(ImageData)}
-        given = [name for name in NOT_OF_DIGITS if getattr(self, name) != defaults[name]]
+        default = ImageData()
+        given = [name for name in NOT_OF_DIGITS if getattr(self, name) != getattr(default, name)]
         if self.dataset == DIGITS and given:
             raise ValueError(
                 f"dataset=digits has domains, splits and a size of its own, which cannot be set: leave out "

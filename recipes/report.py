@@ -79,21 +79,20 @@ def all_tables(rows: Rows, reference: str, speed: Speed, paper: bool) -> list[Ta
     dropout = dropout_table(rows)
     return [
         scores_table(rows, speed),
-        *([against(rows, reference)] if len(rows) > 1 else []),
-        *further_tests(rows, reference),
+        *(all_differences(rows, reference) if len(rows) > 1 else []),
         *([dropout] if dropout else []),
         cost_table(rows, speed),
         *([paper_table(rows), paper_dropout_table(rows)] if paper else []),
     ]
 
 
-def further_tests(rows: Rows, reference: str) -> list[Table]:
-    """Differences from SMEAR's experts without routes, and those in the mean of the tasks."""
-    tables, even = [], trained_evenly(rows)
-    if even and even != reference and len(rows) > 1:
+def all_differences(rows: Rows, reference: str) -> list[Table]:
+    """From the reference, from SMEAR's experts without routes, and from the reference in the mean of the tasks."""
+    tables, even = [against(rows, reference)], trained_evenly(rows)
+    if even and even != reference:
         table = against(rows, even)
         tables.append(table._replace(title=f"{table.title} from {even}"))
-    if len(rows) > 1 and TASK_AVERAGE in rows[reference][0].scores:
+    if TASK_AVERAGE in rows[reference][0].scores:
         tables.append(against(rows, reference, TASK_AVERAGE))
     return tables
 

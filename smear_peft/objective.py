@@ -18,7 +18,7 @@ from smear_peft.config import SmearConfig
 from smear_peft.losses import consistency, example_losses, reinforce
 from smear_peft.routing import get_method
 from smear_peft.sites import base_model
-from smear_peft.stacks import writes
+from smear_peft.stacks import outermost, writes
 from smear_peft.trace import Trace, routed_layers, trace
 
 LossFunction = Callable[[Any, dict[str, Any]], Tensor]
@@ -182,9 +182,9 @@ def logits_of(output: Any) -> Tensor:
 def shifts_labels(model: nn.Module) -> bool:
     """Whether position t of the model's logits predicts label t + 1: in Transformers' causal language models.
 
-    In a module of one's own around one, too.
+    In a module of one's own around one, too; not where one is the decoder of an encoder-decoder.
     """
-    return any(map(writes, base_model(model).modules()))
+    return any(map(writes, outermost(base_model(model))))
 
 
 def _per_example(loss: Tensor) -> Tensor:

@@ -88,6 +88,15 @@ def writes(module: nn.Module) -> bool:
     )
 
 
+def outermost(root: nn.Module) -> Iterator[PreTrainedModel]:
+    """Transformers' models in a root, or the root itself, but for those that are parts of another one."""
+    if isinstance(root, PreTrainedModel):
+        yield root
+        return
+    for child in root.children():
+        yield from outermost(child)
+
+
 def _models(root: nn.Module) -> Iterator[nn.Module]:
     """The root and transformers' models in it from the outside in, but for those in one that reads a whole text."""
     inside: set[int] = set()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smear_peft import ROUTINGS
+from smear_peft import ROUTINGS, trace
 
 from .families import of_kind
-from .routed import routed
+from .routed import close, routed
 from .test_families import prompts
 
 DECODERS = {family.name: family for family in of_kind("decoder")}
@@ -31,6 +31,21 @@ def training(family: str = "llama") -> dict[str, Tensor]:
 
 def prompt(family: str = "llama") -> dict[str, Tensor]:
     return prompts(DECODERS[family])
+
+
+def stays_before(model: nn.Module, batch: dict[str, Tensor], prompt: int) -> set[str]:
+    """No token from `prompt` on changes logits before it or routes, and each changes its own; names of the sites."""
+    tokens = batch["attention_mask"][..., None]  # what some models compute for padding sees all positions
+    with torch.no_grad(), trace(model) as routes:
+        logits = model(**batch).logits * tokens
+        weights = dict(routes.weights)
+        for position in range(prompt, batch["input_ids"].shape[1]):
+            found = model(**other_token(batch, position)).logits * tokens
+            close(found[:, :position], logits[:, :position], 1e-6)
+            assert (found[:, position:] - logits[:, position:]).abs().max() > 1e-3
+            for site, value in weights.items():
+                close(routes.weights[site], value, 1e-6)
+    return set(weights)
 
 
 def other_token(batch: dict[str, Tensor], position: int) -> dict[str, Tensor]:
