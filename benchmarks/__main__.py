@@ -12,8 +12,6 @@ transcription's numbers and gradients before they are timed. What a job must do 
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +24,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from benchmarks import rivals, text_block, whole_models
-from benchmarks.case import Case, Measured, Pair, measure
+from benchmarks.case import Case, Measured, Pair, measure, meets
+from benchmarks.machine import machine
 from benchmarks.plots import draw_plots
 from benchmarks.roofline import totals
 from benchmarks.timing import level
@@ -44,7 +43,6 @@ HEADER = ["what", "job", "beside", "ratio", "quartiles", "target", "met", "ms", 
 LEAST = ["what", "job", "GFLOP", "MB", "least ms", "measured ms", "reached"]
 SAVED = "T5-base shape, kept by a training step, B=8 S=64"
 SAVED_TARGET = 1.11
-UNITS = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"}  # flags of /proc/cpuinfo
 
 
 @dataclass
@@ -59,21 +57,6 @@ class Benchmarks:
     )
     rounds: int | None = field(default=None, metadata={"help": "Of every case. Default: each case's own."})
     out: str | None = field(default=None, metadata={"help": "Folder for table.md, figures.json and the plots."})
-
-
-def machine(device: str) -> str:
-    """What the figures were measured on."""
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}; {versions}"
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        said = {name.strip(): value.strip() for name, _, value in lines}
-        cpu, flags = said.get("model name", cpu), said.get("flags", "").split()
-        cpu += "".join(f", {shown}" for flag, shown in UNITS.items() if flag in flags)
-    return f"{cpu}; {os.cpu_count()} cores, one thread; {versions}"
 
 
 def rows(found: Measured, targets: bool = True) -> list[list[str]]:
@@ -95,7 +78,7 @@ def rows(found: Measured, targets: bool = True) -> list[list[str]]:
 
 def saved_row(ours: float, plain: float) -> list[str]:
     """The line of memory kept for the backward, in MiB."""
-    met = "yes" if ours / plain <= SAVED_TARGET else "no"
+    met = "yes" if meets(ours / plain, SAVED_TARGET) else "no"
     target = f"<= {SAVED_TARGET:.2f}"
     return [SAVED, text_block.SMEAR, text_block.PLAIN, f"{ours / plain:.3f}", "", target, met, "", ""]
 

@@ -9,8 +9,6 @@ show. The base is untrained for the same reason. `python -m recipes.report --spe
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +19,21 @@ from torch import nn
 from transformers import HfArgumentParser
 
 import smear_peft
+from benchmarks.machine import machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.timing import level, medians
 from recipes.image_batches import Batch
 from recipes.image_models import adapt
 from recipes.image_scoring import ROUTED
 from recipes.image_settings import ImageJob
-from recipes.image_training import routed_step
+from recipes.image_training import plain_step, routed_step
+from recipes.resnet_domainnet import routes_of
 from recipes.run_folder import write_json
 from recipes.sweep import read_jobs
+from recipes.trained import is_routed
 
 CLASSES, DOMAINS = 7, ["art_painting", "cartoon", "photo", "sketch"]
+Figures = dict[str, dict[str, float]]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Speed:
     """What to time."""
 
     sweep: str = field(default="recipes/configs/sweeps/pacs.yaml", metadata={"help": "Its rows are timed."})
-    repeats: int = field(default=15, metadata={"help": "Rounds, of which the median is taken."})
+    repeats: int = field(default=9, metadata={"help": "Rounds, of which the median is taken."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
 
 
@@ -51,10 +53,10 @@ def settings_of_rows(sweep: Path) -> dict[str, ImageJob]:
     return rows
 
 
-def row_model(job: ImageJob) -> nn.Module:
+def row_model(job: ImageJob, domains: list[str], classes: int) -> nn.Module:
     """The row's adapter on an untrained base."""
     torch.manual_seed(0)
-    return adapt(timm.create_model(job.base), job.smear_config(DOMAINS), CLASSES)
+    return adapt(timm.create_model(job.base.partition(".")[0]), job.smear_config(domains), classes)
 
 
 def batch_of(job: ImageJob) -> Batch:
@@ -68,10 +70,12 @@ def training_step(model: nn.Module, job: ImageJob, batch: Batch) -> Callable[[],
     """A whole update."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(smear_peft.parameter_groups(model, job.learning_rate))
+    loss_of = routed_step if is_routed(model) else plain_step
 
     def step() -> None:
         model.train()
-        routed_step(model, batch).backward()
+        with routes_of(job, model):
+            loss_of(model, batch).backward()
         nn.utils.clip_grad_norm_(trained, job.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -79,30 +83,32 @@ def training_step(model: nn.Module, job: ImageJob, batch: Batch) -> Callable[[],
     return step
 
 
-def inference(model: nn.Module, batch: Batch) -> Callable[[], object]:
+def inference(model: nn.Module, job: ImageJob, batch: Batch) -> Callable[[], object]:
     """A forward in evaluation mode."""
+    inputs = {name: batch[name] for name in (ROUTED if is_routed(model) else ("x",))}
 
     @torch.no_grad()
     def step() -> None:
         model.eval()
-        model(**{name: batch[name] for name in ROUTED})
+        with routes_of(job, model):
+            model(**inputs)
 
     return step
 
 
-def measure(rows: dict[str, ImageJob], repeats: int) -> dict[str, dict[str, float | None]]:
-    """Images per second and megabytes of each row."""
+def measure(rows: dict[str, ImageJob], repeats: int) -> Figures:
+    """Images per second of each row, and megabytes where they can be measured."""
     steps: dict[str, dict[str, Callable[[], object]]] = {"train": {}, "test": {}}
     for row, job in rows.items():
-        model, batch = row_model(job), batch_of(job)
-        steps["train"][row], steps["test"][row] = training_step(model, job, batch), inference(model, batch)
-    found: dict[str, dict[str, float | None]] = {row: {} for row in rows}
+        model, batch = row_model(job, DOMAINS, CLASSES), batch_of(job)
+        steps["train"][row], steps["test"][row] = training_step(model, job, batch), inference(model, job, batch)
+    found: Figures = {row: {} for row in rows}
     for kind, jobs in steps.items():
         for row, seconds in medians(jobs, repeats).items():
             found[row][f"{kind} images/s"] = round(rows[row].batch_size / seconds, 1)
     for row, step in steps["train"].items():
-        peak = peak_megabytes(step)
-        found[row]["peak MB of a step"] = None if peak is None else round(peak)
+        if (peak := peak_megabytes(step)) is not None:
+            found[row]["peak MB of a step"] = round(peak)
     return found
 
 
@@ -114,8 +120,7 @@ def main() -> None:
     found = measure(rows, speed.repeats)
     for row, figures in found.items():
         print(f"{row:24}" + "  ".join(f"{name} {value}" for name, value in figures.items()))
-    about = {"clock": "thread CPU time, one thread", "rounds": speed.repeats, "torch": torch.__version__,
-             "machine": platform.machine(), "cores": os.cpu_count()}  # fmt: skip
+    about = {"clock": "thread CPU time", "rounds": speed.repeats, "machine": machine("cpu")}
     if speed.output:
         write_json(Path(speed.output), {"about": about, "rows": found})
 

@@ -97,7 +97,8 @@ def train(
         progress.seconds += time.perf_counter() - start
         bar.update()
         if step % LOSS_SHOWN_EVERY == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            waiting = progress.waiting / progress.seconds
+            bar.set_postfix(loss=f"{loss.item():.3f}", waiting_for_images=f"{waiting:.0%}")
         last = progress.step == settings.steps
         if settings.eval_steps and (last or progress.step % settings.eval_steps == 0):
             entry: dict[str, Any] = {

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +33,9 @@ from recipes.settings import parse
 from smear_peft.analysis import plot_routing, plot_similarity, similarity
 from smear_peft.cards.runs import mean_and_deviation
 
+FIGURE_2 = "figure2.png"
 KEPT = ("metrics.json", "config.yaml", "routing.json", "routing_smear.json", "log.jsonl")
+KEPT_OF_REPORT = ("scores.csv", "tables.tex", FIGURE_2)
 
 
 @dataclass
@@ -47,8 +49,12 @@ class Report:
     )
     speed: str | None = field(default=None, metadata={"help": "JSON of benchmarks/pacs_speed.py: adds its columns."})
     paper: bool = field(default=False, metadata={"help": "Also print the paper's figures, told apart."})
+    split: Literal["test", "validation"] = field(
+        default="test", metadata={"help": "validation: what adapters and budgets are chosen by, at the step reported."}
+    )
     keep: str | None = field(
-        default=None, metadata={"help": "Also copy the small parts of every run there, with the report beside them."}
+        default=None,
+        metadata={"help": "Also copy the small parts of every run there, with the report's tables beside them."},
     )
 
 
@@ -108,8 +114,8 @@ def all_pictures(rows: Rows, speed: Speed, folder: Path) -> list[Picture]:
     ]
     if points:
         labels = {"x": TEST_SPEED, "y": f"{next(iter(rows.values()))[0].headline}, percent"}
-        accuracy_against_speed(points, labels, folder / "figure2.png")
-        pictures.append(Picture("figure2.png", "Score against speed: above is better, to the right is faster"))
+        accuracy_against_speed(points, labels, folder / FIGURE_2)
+        pictures.append(Picture(FIGURE_2, "Score against speed: above is better, to the right is faster"))
     for row, runs in rows.items():
         routing, seed = read_json(runs[0].folder / "routing.json"), runs[0].seed
         if any(len(weights) > 1 for site in routing.values() for weights in site.values()):
@@ -134,10 +140,16 @@ def explanation(rows: Rows) -> str:
     runs = [run for some in rows.values() for run in some]
     recomputed = sum(run.recomputed for run in runs)
     return (
-        f"{len(runs)} runs. {budget(runs)}Scores are percentages, mean ± standard deviation over seeds. Those of "
-        f"{recomputed} runs were computed again from their predictions, those of {len(runs) - recomputed} are as "
-        "recorded. Routing weights are those of each row's first seed: experts have no order that seeds would share."
+        f"{len(runs)} runs. {budget(runs)}Scores are percentages on {splits(runs)} examples, mean ± standard deviation "
+        f"over seeds. Those of {recomputed} runs were computed again from their predictions, those of "
+        f"{len(runs) - recomputed} are as recorded. Routing weights are those of each row's first seed: experts have "
+        "no order that seeds would share."
     )
+
+
+def splits(runs: Iterable[Run]) -> str:
+    """What was scored, in words."""
+    return " and ".join(sorted({run.split for run in runs}))
 
 
 def budget(runs: Iterable[Run]) -> str:
@@ -155,9 +167,13 @@ def budget(runs: Iterable[Run]) -> str:
 
 
 def keep(runs: Iterable[Path], report: Path, folder: Path) -> None:
-    """The small parts of every run folder, and the report."""
+    """The small parts of every run folder, and the report's tables; of its pictures the one that is over all rows."""
     with writing(folder) as place:
-        shutil.copytree(report, place, dirs_exist_ok=True)
+        lines = (report / "README.md").read_text(encoding="utf-8").splitlines(keepends=True)
+        shown = [line for line in lines if not line.startswith("![") or f"({FIGURE_2})" in line]
+        write_text(place / "README.md", "".join(shown).rstrip() + "\n")
+        for part in (part for part in KEPT_OF_REPORT if (report / part).is_file()):
+            shutil.copy(report / part, place / part)
         for run in runs:
             (place / run.name).mkdir()
             for part in (part for part in KEPT if (run / part).is_file()):
@@ -167,7 +183,8 @@ def keep(runs: Iterable[Path], report: Path, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     report = parse(Report, arguments, first="runs")
-    rows = in_papers_order(group(read_run(folder) for folder in find_runs(map(Path, report.runs))))
+    folders = find_runs(map(Path, report.runs))
+    rows = in_papers_order(group(read_run(folder, report.split) for folder in folders))
     with writing(Path(report.out)) as folder:
         text = write_report(rows, report, folder)
     if report.keep:

@@ -89,7 +89,7 @@ def cost_table(rows: Rows, speed: Speed) -> Table:
             row, "1" if runs[0].config["routing"] == "single" else experts,
             MISSING if width is None else f"{width:.0f}",
             f"{parts.get('adapter', 0):,}", f"{parts['head']:,}" if "head" in parts else MISSING,
-            relative, *measured, f"{statistics.fmean(walls):,.0f}" if walls else MISSING,
+            relative, *measured, f"{statistics.median(walls):,.0f}" if walls else MISSING,
         ])  # fmt: skip
     names = {TRAIN_SPEED: "measured, training", TEST_SPEED: "measured, inference"}
     columns = ["row", "N", "m", "adapter", "head", "formula", *(names[name] for name in measures), "training s"]
@@ -102,6 +102,7 @@ def cost_note(speed: Speed) -> str:
     return (
         "Formula: FLOPs of the expert blocks alone, 4 L d m for each expert that runs and 2 N d m for an average of N "
         "(paper, section 3), as multiples of the cheapest row; the frozen base, which costs far more, is not in it. "
-        f"Of the rest, {measured}. Training seconds are wall-clock, of machines that may have done other work as well; "
+        f"Of the rest, {measured}. Training seconds are wall-clock, the median over seeds, of machines that may have "
+        "done other work as well; "
         f"{MISSING}: not known, or not in the paper's formula."
     )

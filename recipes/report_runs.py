@@ -32,11 +32,13 @@ class Run(RunFolder):
         scores: column -> percent; the last ones are means.
         uniform: the same under uniform routes, where that was tested.
         recomputed: whether the scores come from the predictions, or else as metrics.json has them.
+        split: test or validation; what the scores are of.
     """
 
     scores: dict[str, float]
     uniform: dict[str, float] | None
     recomputed: bool
+    split: str
 
     @property
     def headline(self) -> str:
@@ -74,12 +76,17 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
     return folders
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, split: str = "test") -> Run:
     """One run folder, checked.
+
+    Args:
+        folder: of the run.
+        split: "validation" gives what the reported adapter was chosen by. Runs that were scored on that alone have
+            nothing else.
 
     Raises:
         FileNotFoundError: it is no complete run folder.
-        ValueError: the predictions say something else than metrics.json.
+        ValueError: the predictions say something else than metrics.json, or there are no scores of that split.
     """
     found = read_folder(folder)
     config, metrics = found.config, found.metrics
@@ -94,7 +101,12 @@ def read_run(folder: Path) -> Run:
             )
         scores = again
     uniform = columns(metrics["uniform_routes"]) if "uniform_routes" in metrics else None
-    return Run(folder, config, metrics, scores, uniform, recomputed)
+    scored_on = metrics.get("scored_on", "test")
+    if split in (scored_on, "test"):
+        return Run(folder, config, metrics, scores, uniform, recomputed, scored_on)
+    if not metrics.get("validation"):
+        raise ValueError(f"{folder} has no validation scores in its metrics.json: nothing was chosen by them.")
+    return Run(folder, config, metrics, columns(metrics["validation"]), None, recomputed=False, split=split)
 
 
 def _from_predictions(file: Path, config: dict[str, Any]) -> dict[str, Any]:

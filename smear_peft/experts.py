@@ -187,7 +187,7 @@ class BottleneckExperts(nn.Module):
         with without_autocast(tokens.device):
             products = torch.addmm(cast(bias, dtype).flatten(), flat, side_by_side).unflatten(1, bias.shape)
             hidden = ACTIVATIONS[self.activation](torch.bmm(share.unsqueeze(1), products))  # (R L, 1, r)
-            out = torch.bmm(share.unsqueeze(2), hidden).flatten(1) @ cast(up, dtype).flatten(0, 1)
+            out = (share.unsqueeze(2) * hidden).flatten(1) @ cast(up, dtype).flatten(0, 1)
         return cast(out, tokens.dtype).unflatten(0, (rows, length))
 
     def choose(self, tokens: Tensor, chosen: Tensor) -> Tensor:

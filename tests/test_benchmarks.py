@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import rivals, text_block, whole_models
+from benchmarks import pacs_speed, rivals, row_memory, text_block, whole_models
 from benchmarks.__main__ import main
 from benchmarks.case import Case, Measured, Pair, Ratio, measure
 from benchmarks.plots import draw_plots
 from benchmarks.roofline import Rates, Shape, Work, adapter, measured_rates, product, seconds, smear
+from recipes.image_settings import ImageJob
+from recipes.run_folder import write_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +166,46 @@ def test_a_rival_trains_beside_plain_adapters(name: str, monkeypatch: pytest.Mon
         moved = {title for title, p in model.named_parameters() if not torch.equal(p, before[title])}
         assert moved
         assert moved <= {title for title, p in model.named_parameters() if p.requires_grad}
+
+
+TINY = {
+    "base": "resnet18",
+    "image_size": 32,
+    "batch_size": 2,
+    "num_experts": 2,
+    "bottleneck_dim": 2,
+    "validation_share": 0.2,
+}
+
+
+def test_every_row_of_an_image_sweep_is_timed(tmp_path) -> None:
+    """Also one without an adapter and one without routes."""
+    jobs = [{"name": "smear", "fields": {"routing": "smear"}}, {"name": "probe", "fields": {"routing": "linear_probe"}},
+            {"name": "even", "fields": {"routing": "smear", "routes": "uniform"}}]  # fmt: skip
+    write_yaml(tmp_path / "sweep.yaml", {"recipe": "recipes.resnet_domainnet", "output_dir": str(tmp_path / "runs"),
+                                         "fields": TINY, "seeds": [0, 1], "jobs": jobs})  # fmt: skip
+    rows = pacs_speed.settings_of_rows(tmp_path / "sweep.yaml")
+    found = pacs_speed.measure(rows, repeats=1)
+    assert list(found) == ["smear", "probe", "even"]
+    for figures in found.values():
+        assert min(figures["train images/s"], figures["test images/s"]) > 0
+        assert all(isinstance(value, float | int) for value in figures.values())
+
+
+@pytest.mark.parametrize(("routes", "moves"), [("learned", True), ("uniform", False)])
+def test_a_row_without_routes_is_timed_without(routes: str, moves: bool) -> None:
+    job = ImageJob(**TINY, routing="smear", routes=routes, learning_rate=0.1)
+    model = pacs_speed.row_model(job, ["a", "b"], 2)
+    routers = {name: p for name, p in model.named_parameters() if "router" in name and p.requires_grad}
+    before = {name: p.clone() for name, p in routers.items()}
+    pacs_speed.training_step(model, job, pacs_speed.batch_of(job))()
+    assert routers
+    assert any(not torch.equal(p, before[name]) for name, p in routers.items()) == moves
+
+
+def test_the_memory_of_a_row_grows_with_its_batch() -> None:
+    peaks = [row_memory.peak_of(ImageJob(**TINY | {"image_size": 96, "batch_size": size})) for size in (2, 32)]
+    if None in peaks:
+        assert not Path("/proc/self/clear_refs").exists()
+    else:
+        assert peaks[1] > 4 * peaks[0] > 0

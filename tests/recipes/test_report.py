@@ -150,6 +150,10 @@ def test_the_same_folders_give_the_same_bytes_and_small_parts_suffice(runs, tmp_
         assert (tmp_path / "one" / part).read_bytes() == (tmp_path / "two" / part).read_bytes()
     assert sorted(p.name for p in (tmp_path / "kept" / "smear-seed0").iterdir()) == [
         "config.yaml", "metrics.json", "routing.json"]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir() if p.is_file()) == [
+        "README.md", "scores.csv", "tables.tex"]  # fmt: skip
+    text = (tmp_path / "one" / "README.md").read_text()
+    assert (tmp_path / "kept" / "README.md").read_text() == text.partition("\n![")[0].rstrip() + "\n"
     report.main([str(tmp_path / "kept"), "--out", str(tmp_path / "again")])
     assert (tmp_path / "again" / "scores.csv").read_bytes() == (tmp_path / "one" / "scores.csv").read_bytes()
     assert "Those of 0 runs were computed again from their predictions, those of 9 are as recorded" in (
@@ -163,6 +167,37 @@ def test_speed_stands_beside_the_rows_that_were_measured(runs, tmp_path, capsys)
     text = capsys.readouterr().out
     assert cells(text, "Scores", "smear")[-2:] == ["123.4", "1,500.0"]
     assert cells(text, "Scores", "1x_parameters")[-2:] == ["–", "–"]
+
+
+def test_kept_reports_have_the_picture_over_all_rows_and_the_log(runs, tmp_path):
+    write_json(tmp_path / "speed.json", {"rows": {"smear": {"test images/s": 50.0}, "1x_parameters": {}}})
+    write_lines(runs / "smear-seed0" / "log.jsonl", [{"step": 3, "seconds": 1.5}])
+    places = ["--out", str(tmp_path / "out"), "--keep", str(tmp_path / "kept"), "--speed", str(tmp_path / "speed.json")]
+    report.main([str(runs), *places])
+    kept = tmp_path / "kept"
+    assert [path.name for path in kept.rglob("*.png")] == ["figure2.png"]
+    assert [line for line in (kept / "README.md").read_text().splitlines() if line.startswith("![")] == [
+        "![Score against speed: above is better, to the right is faster](figure2.png)"
+    ]
+    assert json.loads((kept / "smear-seed0" / "log.jsonl").read_text()) == {"step": 3, "seconds": 1.5}
+
+
+def test_validation_scores_are_what_a_budget_is_chosen_by(runs, tmp_path, capsys):
+    validation = {"domains": {"drawn": 0.25, "seen": 0.75}, "micro": 0.5, "macro": 0.5}
+    for folder in runs.iterdir():
+        write_json(folder / "metrics.json", read_json(folder / "metrics.json") | {"validation": validation})
+    report.main([str(runs), "--out", str(tmp_path / "out"), "--split", "validation"])
+    text = capsys.readouterr().out
+    assert cells(text, "Scores", "smear")[1:5] == ["25.0 ± 0.0", "75.0 ± 0.0", "50.0 ± 0.0", "50.0 ± 0.0"]
+    assert "Scores are percentages on validation examples" in (tmp_path / "out" / "README.md").read_text()
+    report.main([str(runs), "--out", str(tmp_path / "out")])
+    assert cells(capsys.readouterr().out, "Scores", "smear")[1] == "63.3 ± 5.8"
+    assert "Scores are percentages on test examples" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_validation_scores_must_be_there(runs, tmp_path):
+    with pytest.raises(ValueError, match="1x_parameters-seed0 has no validation scores"):
+        report.main([str(runs), "--out", str(tmp_path / "out"), "--split", "validation"])
 
 
 def test_figures_that_do_not_follow_from_the_predictions_are_refused(runs, tmp_path):
