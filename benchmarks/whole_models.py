@@ -99,7 +99,8 @@ def with_adapters(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Modu
 def new_t5(**sizes: Any) -> T5ForConditionalGeneration:
     """A T5.1.1 with random weights and without dropout."""
     torch.manual_seed(0)
-    config = T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0, **sizes)
+    fixed: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dropout_rate": 0.0}
+    config = T5Config(**fixed, **sizes)
     config.decoder_start_token_id = config.pad_token_id = 0
     return T5ForConditionalGeneration(config)
 
@@ -154,7 +155,7 @@ def step_job(model: nn.Module, loss: Callable[[], Tensor]) -> Job:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
     def run() -> None:
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -201,7 +202,7 @@ def resnet(adapter: str, channels_last: bool) -> nn.Module:
         }[adapter]
         model = with_adapters(base, make)
         base.fc.requires_grad_(True)
-    return model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]
+    return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
 def resnet_jobs(pixels: int, images: int, train: bool) -> Jobs:
@@ -234,7 +235,7 @@ def check_transcription() -> None:
     """
     model = resnet("smear", False)
     block = next(module for name, module in model.named_modules() if name.endswith("smear_block.default"))
-    ours = block.state()  # type: ignore[operator]
+    ours = block.state()
     width = ours["norm.weight"].shape[0]
     theirs = TranscribedImageAdapter(width, IMAGE_BOTTLENECK, IMAGE_EXPERTS)
     pairs = {"norm.weight": "norm.weight", "norm.bias": "norm.bias", "down": "expert.down.weight",
