@@ -190,14 +190,11 @@ def check(
     torch.testing.assert_close(found, expected, rtol=close, atol=close)
     if x.dtype != torch.float32:
         return
-    pairs = zip(
-        *(torch.autograd.grad(out, [leaf, *parameters], towards, allow_unused=True) for out in (found, expected)),
-        strict=True,
-    )
-    for own, other in pairs:
-        if own is not None and other is not None:
-            scale = EXACT_GRADIENT * max(1.0, float(other.abs().max()))
-            torch.testing.assert_close(own, other, rtol=EXACT_GRADIENT, atol=scale)
+    pairs = [torch.autograd.grad(out, [leaf, *parameters], towards, allow_unused=True) for out in (found, expected)]
+    for tensor, *grads in zip([leaf, *parameters], *pairs, strict=True):
+        own, other = (torch.zeros_like(tensor) if grad is None else grad for grad in grads)
+        scale = EXACT_GRADIENT * max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(own, other, rtol=EXACT_GRADIENT, atol=scale)
 
 
 def block_case(

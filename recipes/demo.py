@@ -32,7 +32,7 @@ from recipes.image_scoring import accuracies, predict
 from recipes.image_set import LabelledImages, Splits
 from recipes.image_settings import DIGITS, ImageJob, TrainingSettings
 from recipes.image_training import train
-from recipes.image_views import normalised
+from recipes.image_views import IMAGENET, normalised
 from recipes.resnet_domainnet import classes_of, run
 from recipes.run_folder import writing
 from recipes.settings import parse
@@ -99,7 +99,11 @@ def pretrain(demo: Demo, data: Splits, folder: Path) -> dict[str, Any]:
     train(base, plain, settings, label="training the base on plain digits")
     # So short a training leaves the running statistics far behind the weights: take them anew.
     update_bn(
-        (normalised(plain.centred(i, digits.SIZE, 1.0)) for i in torch.arange(len(plain)).split(demo.batch_size)), base
+        (
+            normalised(plain.centred(i, digits.SIZE, 1.0), IMAGENET)
+            for i in torch.arange(len(plain)).split(demo.batch_size)
+        ),
+        base,
     )
     with writing(folder) as place:
         save_base(base, place)

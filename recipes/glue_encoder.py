@@ -102,14 +102,14 @@ def run(job: EncoderJob, folder: Path) -> dict[str, Any]:
     """
     config = {f.name: getattr(job, f.name) for f in fields(EncoderJob)}
     refuse_other_run(folder, config, MAY_CHANGE)
-    (folder / "metrics.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
-    write_yaml(folder / "config.yaml", config)
     refuse_fewer_steps(folder / FILE, job.steps)
 
     glue = load_glue(located(job.dataset), job.tasks, job.data_seed)
     encoder, tokenizer = load_encoder(job.base, job.dtype, job.dropout)
     batches = Batches(tokenizer, job.tasks, job.max_length)
     model = adapt(encoder, job.tasks, job.smear_config(job.tasks), job.seed)
+    (folder / "metrics.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
+    write_yaml(folder / "config.yaml", config)  # a job that was refused has changed nothing
     name = f"{job.routing} (seed {job.seed})"
 
     rows = {task: first(getattr(splits, job.score_on), job.max_eval_rows) for task, splits in glue.items()}

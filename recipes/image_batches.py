@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recipes.image_set import ImageSet, LabelledImages
 from recipes.image_settings import TrainingSettings
-from recipes.image_views import Crops, draw_crops, normalised
+from recipes.image_views import IMAGENET, Colours, Crops, draw_crops, normalised
 
 Batch = dict[str, Tensor]
 
@@ -66,8 +66,8 @@ def in_random_order(count: int, batch_size: int, steps: int, generator: torch.Ge
 class Views(Dataset[Batch]):
     """Whole batches by request, as the model takes them, with "labels" and the place of each image ("index") beside."""
 
-    def __init__(self, images: LabelledImages, settings: TrainingSettings, training: bool) -> None:
-        self.images, self.settings, self.training = images, settings, training
+    def __init__(self, images: LabelledImages, settings: TrainingSettings, training: bool, colours: Colours) -> None:
+        self.images, self.settings, self.training, self.colours = images, settings, training, colours
         self.ids = images.example_ids()
 
     def __getitem__(self, request: Request) -> Batch:
@@ -77,7 +77,7 @@ class Views(Dataset[Batch]):
         else:
             views = self.images.centred(index, size, self.settings.test_crop)
         return {
-            "x": normalised(views),
+            "x": normalised(views, self.colours),
             "routing_tags": self.images.domains[index],
             "example_ids": self.ids[index],
             "labels": self.images.labels[index],
@@ -86,24 +86,34 @@ class Views(Dataset[Batch]):
 
 
 def training_batches(
-    images: LabelledImages, settings: TrainingSettings, start: int = 0, rank: int = 0, world: int = 1
+    images: LabelledImages,
+    settings: TrainingSettings,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    colours: Colours = IMAGENET,
 ) -> DataLoader[Batch]:
     """The batches of the steps from `start` on, of one process."""
     plan = Plan(len(images), settings, start, rank, world)
-    return _loader(Views(images, settings, training=True), plan, settings)
+    return _loader(Views(images, settings, True, colours), plan, settings, world)
 
 
 def scoring_batches(
-    images: LabelledImages, settings: TrainingSettings, rank: int = 0, world: int = 1
+    images: LabelledImages, settings: TrainingSettings, rank: int = 0, world: int = 1, colours: Colours = IMAGENET
 ) -> DataLoader[Batch]:
     """Every image once, in order; each process has its batches."""
     batches = torch.arange(len(images)).split(settings.eval_batch_size)
     requests = [Request(index) for index in itertools.islice(batches, rank, None, world)]
-    return _loader(Views(images, settings, training=False), requests, settings)
+    return _loader(Views(images, settings, False, colours), requests, settings, world)
 
 
-def _loader(views: Views, requests: Plan | list[Request], settings: TrainingSettings) -> DataLoader[Batch]:
-    idle = 0 if isinstance(views.images, ImageSet) else os.cpu_count() or 1
+def cores(world: int = 1) -> int:
+    """This process' share of the cores that it may run on, among `world` processes of a machine."""
+    return max(1, len(os.sched_getaffinity(0)) // world)
+
+
+def _loader(views: Views, requests: Plan | list[Request], settings: TrainingSettings, world: int) -> DataLoader[Batch]:
+    idle = 0 if isinstance(views.images, ImageSet) else cores(world)
     workers = min(idle if settings.workers is None else settings.workers, len(requests))
     return DataLoader(
         views,

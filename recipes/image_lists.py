@@ -172,7 +172,7 @@ def check_all(paths: Sequence[Path]) -> list[Tensor | str | None]:
     state = processes()
     rank, world = state.process_index, state.num_processes
     mine = paths[rank::world]
-    with Pool(max(1, (os.cpu_count() or 1) // world)) as pool:
+    with Pool(max(1, len(os.sched_getaffinity(0)) // world)) as pool:
         checks = pool.imap(check, mine, chunksize=64)
         bar = tqdm(checks, desc="checking images", total=len(mine), leave=False, disable=None if rank == 0 else True)
         shares = gather_object([list(bar)])

@@ -14,7 +14,6 @@ import smear_peft
 from recipes.image_settings import located
 from smear_peft import SmearConfig
 
-HEAD = "fc"
 STATISTICS = "base_batch_norm.safetensors"
 
 
@@ -31,7 +30,8 @@ def load_base(base: str, weights: str | None = None) -> nn.Module:
     """
     if weights is not None:
         state = {name: tensor.float() for name, tensor in load_file(located(weights)).items()}
-        model = timm.create_model(base, num_classes=state[f"{HEAD}.weight"].shape[0])
+        model = timm.create_model(base)
+        model.reset_classifier(state[f"{head_of(model)}.weight"].shape[0])  # type: ignore[operator]
         model.load_state_dict(state)
         return model
     try:
@@ -41,6 +41,11 @@ def load_base(base: str, weights: str | None = None) -> nn.Module:
             f"The weights of base={base!r} are neither here nor on a Hub that can be reached ({error}); give a folder "
             "with local-dir:<folder>, or a safetensors file with --weights."
         ) from error
+
+
+def head_of(model: nn.Module) -> str:
+    """Name of a timm model's classifier, with adapters or without."""
+    return model.pretrained_cfg["classifier"]  # type: ignore[index, return-value]
 
 
 def save_base(model: nn.Module, folder: Path) -> None:
@@ -60,9 +65,9 @@ def adapt(base: nn.Module, config: SmearConfig | None, classes: int) -> nn.Modul
     if config is None:
         base.requires_grad_(False)
         probe = freeze_batch_norm_2d(base)
-        probe.get_submodule(HEAD).requires_grad_(True)
+        probe.get_submodule(head_of(probe)).requires_grad_(True)
         return probe
-    config.modules_to_save = [HEAD]
+    config.modules_to_save = [head_of(base)]
     return peft.get_peft_model(base, config)
 
 
@@ -74,14 +79,14 @@ def save_adapted(model: nn.Module, folder: Path) -> None:
         if statistics := drifted_statistics(model):
             save_file(statistics, folder / STATISTICS)
         return
-    save_file(model.get_submodule(HEAD).state_dict(), folder / "head.safetensors")
+    save_file(model.get_submodule(head_of(model)).state_dict(), folder / "head.safetensors")
 
 
 def load_adapted(base: nn.Module, folder: Path, classes: int) -> nn.Module:
     """`save_adapted` in reverse, onto a fresh base (which is changed)."""
     base.reset_classifier(classes)  # type: ignore[operator]
     if (folder / "head.safetensors").is_file():
-        base.get_submodule(HEAD).load_state_dict(load_file(folder / "head.safetensors"))
+        base.get_submodule(head_of(base)).load_state_dict(load_file(folder / "head.safetensors"))
         return base
     model = smear_peft.load(base, str(folder))
     if (folder / STATISTICS).is_file():

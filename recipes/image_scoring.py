@@ -15,6 +15,7 @@ from recipes.domain_scores import by_domain
 from recipes.image_batches import Batch, scoring_batches
 from recipes.image_set import LabelledImages
 from recipes.image_settings import TrainingSettings
+from recipes.image_views import Colours
 from recipes.processes import processes
 from recipes.trained import is_routed
 
@@ -62,7 +63,7 @@ def predict(
     found: list[tuple[Tensor, Tensor]] = []
     sums: dict[str, Tensor] = {}
     start = time.perf_counter()
-    batches = scoring_batches(images, settings, state.process_index, state.num_processes)
+    batches = scoring_batches(images, settings, state.process_index, state.num_processes, Colours.of(model))
     for cpu_batch in tqdm(batches, desc=label, leave=False, disable=None if state.is_main_process else True):
         batch = on_device(cpu_batch, device, settings.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):

@@ -21,6 +21,7 @@ from recipes.image_batches import Batch, training_batches
 from recipes.image_scoring import ROUTED, accuracies, on_device, predict
 from recipes.image_set import LabelledImages
 from recipes.image_settings import TrainingSettings
+from recipes.image_views import Colours
 from recipes.processes import processes
 from recipes.trained import is_routed
 from smear_peft.temperature import anneal_temperature
@@ -76,7 +77,7 @@ def train(
     routed = is_routed(plain)
     loss_of = routed_step if routed else plain_step
 
-    batches = iter(training_batches(images, settings, progress.step, rank, world))
+    batches = iter(training_batches(images, settings, progress.step, rank, world, Colours.of(plain)))
     silent = None if accelerator.is_main_process else True
     bar = tqdm(desc=label, total=settings.steps, initial=progress.step, disable=silent)
     first = progress.step

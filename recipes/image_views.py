@@ -9,10 +9,25 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
+
+
+class Colours(NamedTuple):
+    """Mean and standard deviation of each channel, by which a base's images are normalised."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Colours:
+        """What a timm model expects, with adapters or without."""
+        return cls(*(tuple(model.pretrained_cfg[name]) for name in ("mean", "std")))  # type: ignore[index]
+
+
+IMAGENET = Colours(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 class Crops(NamedTuple):
@@ -109,7 +124,7 @@ def resized(images: Tensor, size: int, crop: float = 1.0) -> Tensor:
     return F.interpolate(views, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
 
 
-def normalised(views: Tensor) -> Tensor:
-    """By ImageNet's mean and standard deviation of each channel: (B, 3, S, S), as timm's ResNets expect."""
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+def normalised(views: Tensor, colours: Colours) -> Tensor:
+    """Views (B, 3, S, S) in [0, 1] as a base expects them."""
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in colours)
     return (views - mean) / std

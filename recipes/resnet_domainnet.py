@@ -28,7 +28,7 @@ from recipes import digits, image_lists
 from recipes.checkpoint import FILE, Progress, refuse_fewer_steps
 from recipes.controls import uniform
 from recipes.domainnet_hub import fetch
-from recipes.image_models import HEAD, adapt, load_base, save_adapted
+from recipes.image_models import adapt, head_of, load_base, save_adapted
 from recipes.image_scoring import Predictions, accuracies, predict
 from recipes.image_set import LabelledImages, Splits
 from recipes.image_settings import DIGITS, HUB, Command, ImageJob, located
@@ -68,10 +68,6 @@ def run(job: ImageJob, folder: Path, data: Splits | None = None) -> dict[str, An
             f"report=best has no images to select by: validation_share={job.validation_share} of the train lists is "
             "none. Take a larger share, or report=last."
         )
-    state.wait_for_everyone()
-    if state.is_main_process:  # a job that was refused leaves nothing behind
-        (folder / "metrics.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
-        write_yaml(folder / "config.yaml", config)
 
     # The model that learns them.
     torch.manual_seed(job.seed)
@@ -79,6 +75,12 @@ def run(job: ImageJob, folder: Path, data: Splits | None = None) -> dict[str, An
     base = load_base(job.base, job.weights)
     model = adapt(base, job.smear_config(data.test.domain_names), classes)
     name = f"{job.routing} (seed {job.seed})"
+
+    # A job that was refused changes nothing in its folder.
+    state.wait_for_everyone()
+    if state.is_main_process:
+        (folder / "metrics.json").unlink(missing_ok=True)  # written last: a folder that has it is complete
+        write_yaml(folder / "config.yaml", config)
 
     # Training, and the test of the adapter that is to be reported.
     with routes_of(job, model):
@@ -155,7 +157,7 @@ def facts(job: ImageJob, progress: Progress, data: Splits, model: nn.Module) -> 
         "validation": {entry["step"]: entry["validation"] for entry in progress.log if "validation" in entry}.get(
             steps[job.report]
         ),
-        "trained_parameters": count_trained(model, HEAD),
+        "trained_parameters": count_trained(model, head_of(model)),
         "images": {part: len(images) for part, images in zip(data._fields, data, strict=True)},
         "images_seen": progress.step * job.batch_size,
         "images_skipped": data.test.skipped,

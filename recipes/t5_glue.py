@@ -73,14 +73,9 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) 
 
     # The frozen model, its tokens, and the order of training. One process writes the folder, all read it.
     with training.main_process_first(local=False):
-        if training.should_save:
-            for name in ("metrics.json", CONTROL):  # of a run that is now made longer, or reported otherwise
-                (folder / name).unlink(missing_ok=True)
-            write_yaml(folder / "config.yaml", config)
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-            if base.base == RANDOM and not (folder / "base").exists():
-                with writing(folder / "base") as place:
-                    make_base(base, all_texts(rows["train"], templates), place)
+        if training.should_save and base.base == RANDOM and not (folder / "base").exists():
+            with writing(folder / "base") as place:
+                make_base(base, all_texts(rows["train"], templates), place)
         if base.base == RANDOM:
             base = replace(base, base=str(folder / "base"), tokenizer=None)
         frozen, tokenizer = load_base(base)
@@ -97,8 +92,13 @@ def run(data: Data, base: Base, adapter: Adapter, job: Job, training: Training) 
         data.sampling_temperature,
     )
 
-    # Model and trainer.
+    # Model and trainer. A job that was refused has changed nothing of an earlier run.
     model = adapt(frozen, adapter, glue, seed)
+    if training.should_save:
+        for name in ("metrics.json", CONTROL):  # of a run that is now made longer, or reported otherwise
+            (folder / name).unlink(missing_ok=True)
+        write_yaml(folder / "config.yaml", config)
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     trainer = GlueTrainer(
         sampler=sampler,
         scoring=job.scoring,

@@ -57,19 +57,24 @@ FEATURES = (
     "base quantised by bitsandbytes, 8 and 4 bit",
 )
 
+SOME_ALWAYS = ("each_but_mostly_slow", "a_few_always")  # decorators that leave a few cases out of the slow ones
 
-def marks(folder: Path = ROOT / "tests") -> Iterator[tuple[str, str, str, str, bool]]:
-    """(feature, architecture, file, test, whether it is slow) of every mark on a test, on a parameter of it too."""
+
+def marks(folder: Path = ROOT / "tests") -> Iterator[tuple[str, str, str, str, str]]:
+    """(feature, architecture, file, test, when it runs) of every mark on a test, on a parameter of it too."""
     for file in sorted(folder.glob("test_*.py")):
         for test in ast.parse(file.read_text()).body:
             if not isinstance(test, ast.FunctionDef) or not test.name.startswith("test_"):
                 continue
-            slow = any(ast.unparse(decorator).endswith("slow") for decorator in test.decorator_list)
+            decorators = [ast.unparse(decorator) for decorator in test.decorator_list]
+            when = "slow" if any(words.endswith("slow") for words in decorators) else "yes"
+            if any(words.startswith(SOME_ALWAYS) for words in decorators):
+                when = "yes, most slow"
             for call in [node for decorator in test.decorator_list for node in ast.walk(decorator)]:
                 if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.feature":
                     feature, *architectures = [ast.literal_eval(argument) for argument in call.args]
                     for architecture in architectures:
-                        yield feature, architecture, file.name, test.name, slow
+                        yield feature, architecture, file.name, test.name, when
 
 
 def table() -> str:
@@ -78,13 +83,13 @@ def table() -> str:
     Raises:
         ValueError: a mark names no feature or architecture of the lists above, or a feature has no test.
     """
-    cells: dict[tuple[str, str], dict[tuple[str, bool], list[str]]] = {}
-    for feature, architecture, file, test, slow in marks():
+    cells: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
+    for feature, architecture, file, test, when in marks():
         if feature not in FEATURES or architecture not in ARCHITECTURES:
             raise ValueError(
                 f"{file}, {test}: no feature {feature!r} or architecture {architecture!r} in tests/matrix.py"
             )
-        cells.setdefault((feature, architecture), {}).setdefault((file, slow), []).append(test)
+        cells.setdefault((feature, architecture), {}).setdefault((file, when), []).append(test)
     if bare := set(FEATURES) - {feature for feature, _ in cells}:
         raise ValueError(f"no test carries a mark for {sorted(bare)}")
     lines = [["", *ARCHITECTURES.values()], ["---"] * (len(ARCHITECTURES) + 1)]
@@ -101,12 +106,9 @@ def members() -> str:
     return f"\nEach column of several families is tested on a tiny model of each: {lists}.\n"
 
 
-def cell(tests: dict[tuple[str, bool], list[str]]) -> str:
+def cell(tests: dict[tuple[str, str], list[str]]) -> str:
     """A link to each file, whose title names the tests; "-" without any."""
-    links = [
-        f'[{"slow" if slow else "yes"}](tests/{file} "{", ".join(dict.fromkeys(names))}")'
-        for (file, slow), names in tests.items()
-    ]
+    links = [f'[{when}](tests/{file} "{", ".join(dict.fromkeys(names))}")' for (file, when), names in tests.items()]
     return ", ".join(links) or "-"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from benchmarks.plots import draw_plots
 from benchmarks.roofline import Rates, Shape, Work, adapter, measured_rates, product, seconds, smear
 from recipes.image_settings import ImageJob
 from recipes.run_folder import write_yaml
+
+from .pages import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +67,22 @@ def test_a_block_with_other_gradients_is_not_timed() -> None:
     x = torch.randn(2, 3, 4)
     with pytest.raises(AssertionError, match="not close"):
         text_block.check(lambda leaf: leaf * leaf, lambda leaf: leaf * leaf.detach(), x, [])
+
+
+def test_a_block_that_does_not_train_a_parameter_is_not_timed() -> None:
+    x, scale = torch.randn(2, 3, 4), torch.ones(4, requires_grad=True)
+    with pytest.raises(AssertionError, match="not close"):
+        text_block.check(lambda leaf: leaf * scale.detach(), lambda leaf: leaf * scale, x, [scale])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pytest_benchmark"), reason="pip install 'smear-peft[bench]'")
+def test_the_blocks_benchmark_runs() -> None:
+    command = ["benchmarks/bench_text_block.py", "--benchmark-disable", "-q", "-k", "decode", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " passed" in done.stdout
 
 
 def test_the_transcription_on_feature_maps_is_a_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ def test_a_renamed_test_and_a_misspelt_feature_show(tmp_path, monkeypatch):
     file = tmp_path / "test_some.py"
     file.write_text('@pytest.mark.feature("gradient accumulation", "T5", "ResNet")\n@slow\ndef test_one(): ...\n')
     assert list(matrix.marks(tmp_path)) == [
-        ("gradient accumulation", "T5", "test_some.py", "test_one", True),
-        ("gradient accumulation", "ResNet", "test_some.py", "test_one", True),
+        ("gradient accumulation", "T5", "test_some.py", "test_one", "slow"),
+        ("gradient accumulation", "ResNet", "test_some.py", "test_one", "slow"),
     ]
     monkeypatch.setattr(matrix, "FEATURES", matrix.FEATURES[1:])
     with pytest.raises(ValueError, match=r"no feature 'every routing method"):

@@ -65,8 +65,9 @@ def test_forwards_at_once(routing):
     assert current() == RoutingContext()
 
 
-def test_generates_at_once():
-    model, batches = routed(routing="tag"), jobs("tag")
+@pytest.mark.parametrize("routing", ["smear", "tag"])
+def test_generates_at_once(routing):
+    model, batches = routed(routing=routing), jobs(routing)
     for batch in batches:
         del batch["labels"]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertModel
 
-from recipes import glue_encoder, report_runs, sweep
+from recipes import glue_encoder, report, report_runs, sweep
 from recipes.encoder_heads import NO_CLASS, Batches, EncoderWithHeads, adapt, example_losses, load_encoder
 from recipes.glue_data import TASKS, load_glue
 from recipes.glue_encoder import EncoderJob
@@ -132,11 +132,27 @@ def test_a_longer_run_goes_on_from_a_shorter_one(base, whole, tmp_path):
     glue_encoder.run(job(base, steps=2), tmp_path / "run")
     glue_encoder.run(job(base), tmp_path / "run")
     equal(whole, tmp_path / "run")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("metrics.json", "config.yaml")}
     with pytest.raises(ValueError, match="has 4 updates behind it, more than steps=3"):
         glue_encoder.run(job(base, steps=3), tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
     with pytest.raises(ValueError, match=r"other settings.*batch_size"):
         glue_encoder.run(job(base, batch_size=5), tmp_path / "run")
+
+
+def test_settings_are_chosen_on_validation_rows_alone(base, whole, tmp_path):
+    found = glue_encoder.run(job(base, score_on="validation", max_eval_rows=0), tmp_path / "run")
+    glue = load_glue("tiny", list(TASKS))
+    said = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    for task, splits in glue.items():
+        asked = [row["idx"] for row in said if row["task"] == task]
+        assert sorted(asked) == sorted(splits.validation["idx"])
+        if task in ("rte", "mrpc", "stsb", "cola"):  # the others' validation rows are numbered as training rows
+            assert not set(asked) & set(splits.test["idx"])
+    assert found["scored_on"] == "validation"
+    assert read_json(whole / "metrics.json")["scored_on"] == "test"
+    report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert "Scores are percentages on validation examples" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_sweep_passes_over_complete_folders_and_refuses_others(base, whole, tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from recipes import rescore
 from recipes.domain_scores import by_domain
+from recipes.image_models import save_base
 from recipes.image_settings import ImageJob
 from recipes.resnet_domainnet import load_base, main, run
 from recipes.run_folder import read_json, read_yaml
@@ -190,7 +193,8 @@ def noted(model, batch):
     return step(model, batch)
 def compared(model, *args, **kwargs):
     progress = train(model, *args, **kwargs)
-    own = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    own = torch.cat([x.flatten().float() for x in [*trained, *model.buffers()]])
     other = own.clone()
     dist.broadcast(other, 0)
     said = f"rank {dist.get_rank()}: {modes.count(True)} of {len(modes)}, {torch.equal(own, other)}\\n"
@@ -204,7 +208,10 @@ for routing in ("smear", "reinforce", "adamix"):
 
 
 def test_two_processes_train_in_training_mode_after_a_validation(pictures, tmp_path):
-    """Default BatchNorm and expert dropout, and AdaMix, whose second pass must meet the first one's buffers."""
+    """Default BatchNorm and expert dropout, and AdaMix, whose second pass must meet the first one's buffers.
+
+    In the end all have the same parameters and running statistics.
+    """
     program = tmp_path / "program.py"
     program.write_text(MODES)
     given = small(pictures, steps=3, expert_dropout=0.3, output_dir=str(tmp_path))
@@ -235,8 +242,6 @@ def test_two_processes_train_in_training_mode_after_a_validation(pictures, tmp_p
 def test_options_run(changes, pictures, tmp_path, monkeypatch):
     AcceleratorState._reset_state()
     if "base" in changes:
-        import timm
-
         monkeypatch.setattr("recipes.resnet_domainnet.load_base", lambda base, weights: timm.create_model(base))
     found = run(job(pictures, steps=2, **changes), tmp_path / "run")
     assert 0 <= found["micro"] <= 1
@@ -246,6 +251,19 @@ def test_options_run(changes, pictures, tmp_path, monkeypatch):
     AcceleratorState._reset_state()
 
 
+@pytest.mark.parametrize("routing", ["smear", "linear_probe"])
+@pytest.mark.parametrize("name", ["resnet26", "resnetv2_18"])
+def test_resnets_of_timm_whatever_their_head_is_called(name, routing, pictures, tmp_path, capsys):
+    torch.manual_seed(0)
+    save_base(timm.create_model(name), tmp_path / "base")
+    base = {"base": f"local-dir:{tmp_path / 'base'}", "weights": None}
+    found = run(job(pictures, steps=1, routing=routing, eval_steps=1, **base), tmp_path / "run")
+    assert found["trained_parameters"]["head"] == 3 * timm.create_model(name).num_features + 3
+    assert rescore.main(["--run_folder", str(tmp_path / "run")]) == 0
+    assert "0 of 18 predictions differ" in capsys.readouterr().out
+
+
+PAPER = read_yaml(ROOT / "recipes" / "paper.yaml")["resnet_domainnet"]
 CONFIGS = sorted((ROOT / "recipes" / "configs" / "resnet_domainnet").glob("*.yaml"))
 
 
@@ -264,9 +282,27 @@ def test_every_configuration_runs(config, pictures, tmp_path):
 
 @pytest.mark.parametrize("config", [path for path in CONFIGS if path.stem != "pacs"], ids=lambda path: path.stem)
 def test_every_configurations_header_has_its_command_and_the_figure_to_expect(config):
-    header = [line for line in config.read_text().splitlines() if line.startswith("#")]
-    assert any(f"--config recipes/configs/resnet_domainnet/{config.name}" in line for line in header)
-    assert any("Expected: " in line or "Measured " in line for line in header)
+    lines = [line.strip("# ") for line in config.read_text().splitlines() if line.startswith("#")]
+    header = " ".join(lines)
+    assert f"--config recipes/configs/resnet_domainnet/{config.name}" in header
+    figures = PAPER["rows"].get(config.stem)
+    if figures is None:
+        assert "Expected: not known" in header or "Measured (results/" in header
+        return
+    *domains, (mean, deviation) = figures
+    assert f"Expected: {mean:.1f}, accuracy in percent" in header
+    assert f"standard deviation {deviation:.1f} (paper, table 3, row" in header
+    for domain, (value, _) in zip(PAPER["columns"], domains, strict=False):
+        assert f"{domain.capitalize()} {value:.1f}" in header
+
+
+def test_there_is_a_configuration_and_a_job_of_every_row():
+    fourteen = {"soft_moe", "dselect_k", *PAPER["rows"]}
+    assert len(fourteen) == 14
+    assert {path.stem for path in CONFIGS} == fourteen | {"pacs", "pacs_smear"}
+    for name in ("pacs", "glue_encoder"):
+        jobs = read_yaml(ROOT / "recipes" / "configs" / "sweeps" / f"{name}.yaml")["jobs"]
+        assert fourteen <= {entry["name"] for entry in jobs}
 
 
 def test_the_settings_that_smear_spells_out_are_the_defaults():
@@ -314,6 +350,20 @@ def test_a_job_that_is_refused_leaves_its_folder_to_the_next(tmp_path):
 def test_settings_that_cannot_be_are_refused(changes, message, pictures, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(job(pictures, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_survives_a_start_without_its_base(finished, pictures, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    weights, aside = pictures / "base.safetensors", tmp_path / "aside"
+    shutil.move(weights, aside)
+    with pytest.raises(OSError, match="base"):
+        run(job(pictures), copy)
+    shutil.move(aside, weights)
+    with pytest.raises(ValueError, match="more than steps=4"):
+        run(job(pictures, steps=4), copy)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
 def test_weights_that_cannot_be_had_are_explained():

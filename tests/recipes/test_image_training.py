@@ -7,7 +7,7 @@ from PIL import Image
 import smear_peft
 from recipes.controls import uniform
 from recipes.image_batches import Plan, in_random_order
-from recipes.image_models import HEAD, load_adapted, save_adapted
+from recipes.image_models import head_of, load_adapted, save_adapted
 from recipes.image_scoring import accuracies, predict
 from recipes.image_set import ImageSet
 from recipes.image_training import train
@@ -39,7 +39,7 @@ def test_a_linear_probe_trains_its_head_alone():
     train(model, colours(), settings(steps=2, batch_size=12))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"fc.weight", "fc.bias"}
-    assert count_trained(model, HEAD) == {"adapter": 0, "head": 512 * 3 + 3}
+    assert count_trained(model, head_of(model)) == {"adapter": 0, "head": 512 * 3 + 3}
 
 
 def test_the_same_seed_trains_the_same_adapter():

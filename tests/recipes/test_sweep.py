@@ -18,7 +18,7 @@ from tests.recipes.small import ROOT
 RECIPE = """
 import argparse, json, pathlib, sys, time, yaml
 parser = argparse.ArgumentParser()
-for name in ("config", "output_dir", "word", "seed", "wait", "size"):
+for name in ("config", "output_dir", "word", "seed", "wait", "size", "meet"):
     parser.add_argument("--" + name)
 args = parser.parse_args() if __name__ == "__main__" else None
 if args:
@@ -28,6 +28,13 @@ if args:
         file.write("start\\n")
     if args.wait and not pathlib.Path(args.wait).exists():
         time.sleep(60)
+    for _ in range(600 if args.meet else 0):
+        if pathlib.Path(args.meet).exists():
+            break
+        time.sleep(0.05)
+    else:
+        if args.meet:
+            sys.exit("nobody came")
     if args.word == "bad":
         sys.exit("this word is bad")
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("config", "output_dir")}
@@ -90,6 +97,14 @@ def test_jobs_are_done_once_and_a_failed_one_stops_no_other(recipe, tmp_path, ca
     assert sweep.main([file]) == 1
     assert starts(tmp_path) == {"good": 1, "bad": 2, "fine": 1}
     assert "3 jobs, 1 to do" in capsys.readouterr().out
+
+
+def test_as_many_jobs_run_at_a_time_as_are_asked_for(recipe, tmp_path):
+    """Each of two waits for the other one's start; by default there is a job for each core."""
+    places = {name: str(tmp_path / "runs" / name / "starts") for name in ("a", "b")}
+    jobs = [{"name": "a", "fields": {"meet": places["b"]}}, {"name": "b", "fields": {"meet": places["a"]}}]
+    assert sweep.main([written(tmp_path, jobs=jobs), "--jobs", "2"]) == 0
+    assert sweep.Sweep("some.yaml").jobs == len(os.sched_getaffinity(0))
 
 
 def test_a_complete_folder_of_other_settings_is_told(recipe, tmp_path, capsys):
