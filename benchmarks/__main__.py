@@ -1,4 +1,4 @@
-"""The price of SMEAR: every case of text_block.py, whole_models.py and rivals.py, beside what it is measured against.
+"""The price of SMEAR: every case of text_block.py, t5.py, resnets.py and rivals.py, beside what it is measured against.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks                     # all of it, half an hour
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks --only block decode --rounds 21
@@ -12,7 +12,7 @@ transcription's numbers and gradients before they are timed. What a job must do 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from benchmarks import rivals, text_block, whole_models
+from benchmarks import resnets, rivals, t5, text_block
 from benchmarks.case import Case, Measured, Pair, measure, meets
 from benchmarks.machine import machine
 from benchmarks.plots import draw_plots
@@ -36,7 +36,8 @@ GROUPS: dict[str, Callable[[], list[Case]]] = {
     "decode": text_block.decoding,
     "ways": text_block.ways,
     "curves": text_block.curves,
-    "models": whole_models.cases,
+    "t5": t5.cases,
+    "resnets": resnets.cases,
     "rivals": rivals.cases,
 }
 HEADER = ["what", "job", "beside", "ratio", "quartiles", "target", "met", "ms", "peak MiB"]
@@ -76,11 +77,15 @@ def rows(found: Measured, targets: bool = True) -> list[list[str]]:
     return lines
 
 
-def saved_row(ours: float, plain: float) -> list[str]:
-    """The line of memory kept for the backward, in MiB."""
-    met = "yes" if meets(ours / plain, SAVED_TARGET) else "no"
-    target = f"<= {SAVED_TARGET:.2f}"
-    return [SAVED, text_block.SMEAR, text_block.PLAIN, f"{ours / plain:.3f}", "", target, met, "", ""]
+def saved_rows(saved: Mapping[str, float]) -> list[list[str]]:
+    """The lines of memory kept for the backward, in MiB."""
+    plain, lines = saved[text_block.PLAIN], []
+    for job in (text_block.SMEAR, text_block.TRANSCRIBED, t5.ENSEMBLE):
+        targets = ["", ""]
+        if job == text_block.SMEAR:
+            targets = [f"<= {SAVED_TARGET:.2f}", "yes" if meets(saved[job] / plain, SAVED_TARGET) else "no"]
+        lines.append([SAVED, job, text_block.PLAIN, f"{saved[job] / plain:.3f}", "", *targets, "", ""])
+    return lines
 
 
 def least_rows(found: Measured) -> list[list[str]]:
@@ -126,8 +131,8 @@ def measure_on(device: str, settings: Benchmarks) -> None:
     """All chosen cases on a device: printed, and written where that is wanted."""
     cases = [case for name in settings.only for case in GROUPS[name]()]
     found = [measure(case, settings.rounds, device) for case in tqdm(cases, unit="case", desc=device)]
-    saved = whole_models.t5_saved(8, 64, 8) if "models" in settings.only and device == "cpu" else None
-    kept = [saved_row(*saved)] if saved else []
+    saved = t5.t5_saved(8, 64, 8) if "t5" in settings.only and device == "cpu" else None
+    kept = saved_rows(saved) if saved else []
     shown, apart = (
         without_empty([HEADER, *(line for one in some for line in rows(one, device == "cpu")), *kept])
         for some in (found, [one for one in found if one.case.point is None])  # a curve's points are in its picture

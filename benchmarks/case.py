@@ -38,11 +38,14 @@ class Least(NamedTuple):
         work: operations of each job.
         dtype: of all numbers.
         numbers: of the features.
+        rest: job -> the job whose measured time, its own work taken away, stands for what is not in `work`: the same
+            base around other blocks.
     """
 
     work: Mapping[str, list[Work]]
     dtype: torch.dtype
     numbers: int
+    rest: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ class Measured(NamedTuple):
         """Seconds that jobs need at least, of those where that was worked out."""
         if self.rates is None or self.case.least is None:
             return {}
-        size = self.case.least.dtype.itemsize
-        return {job: seconds(work, self.rates, size) for job, work in self.case.least.work.items()}
+        size, rest = self.case.least.dtype.itemsize, self.case.least.rest or {}
+        own = {job: seconds(work, self.rates, size) for job, work in self.case.least.work.items()}
+        return own | {job: own[job] + self.median(other) - own[other] for job, other in rest.items()}
 
     def median(self, job: str) -> float:
         """Seconds of a job."""

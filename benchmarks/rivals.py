@@ -40,7 +40,7 @@ def base_model() -> nn.Module:
 
 def plain(model: nn.Module) -> nn.Module:
     """A plain adapter at each of SMEAR's sites."""
-    return with_adapters(model, lambda width: PlainAdapter(width, BOTTLENECK))
+    return with_adapters(model, lambda site: PlainAdapter(site.width, BOTTLENECK))
 
 
 def smear(model: nn.Module, routing: str = "smear") -> nn.Module:

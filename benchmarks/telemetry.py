@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
+from benchmarks.t5 import T5_BASE, new_t5
 from benchmarks.timing import level, medians
-from benchmarks.whole_models import T5_BASE, new_t5
 from smear_peft import RoutingTelemetry, SmearConfig, routed_loss
 
 TASKS = [f"task{i}" for i in range(8)]

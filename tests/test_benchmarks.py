@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import pacs_speed, rivals, row_memory, text_block, whole_models
+from benchmarks import pacs_speed, resnets, rivals, row_memory, t5, text_block, whole_models
 from benchmarks.__main__ import main
-from benchmarks.case import Case, Measured, Pair, Ratio, measure
+from benchmarks.case import Case, Least, Measured, Pair, Ratio, measure
 from benchmarks.plots import draw_plots
 from benchmarks.roofline import Rates, Shape, Work, adapter, measured_rates, product, seconds, smear
 from recipes.image_settings import ImageJob
@@ -86,21 +86,44 @@ def test_the_blocks_benchmark_runs() -> None:
 
 
 def test_the_transcription_on_feature_maps_is_a_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_models.check_transcription()
-    monkeypatch.setattr(whole_models.TranscribedImageAdapter, "forward", lambda self, x: x)
+    resnets.check_transcription()
+    monkeypatch.setattr(resnets.TranscribedImageAdapter, "forward", lambda self, x: x)
     with pytest.raises(AssertionError, match="not close"):
-        whole_models.check_transcription()
+        resnets.check_transcription()
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_resnets_run_in_both_memory_formats(train: bool) -> None:
-    jobs = whole_models.resnet_jobs(pixels=32, images=2, train=train)
+    jobs = resnets.resnet_jobs(pixels=32, images=2, train=train)
     for job in jobs.values():
         job()
-    named = {
-        name for case in whole_models.cases() if "ResNet18" in case.what for pair in case.pairs for name in pair[:2]
-    }
+    named = {name for case in resnets.cases() for pair in case.pairs for name in pair[:2]}
     assert named == set(jobs)
+
+
+SMALL_T5 = {"d_model": 768, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 12, "vocab_size": 40}
+
+
+def test_whole_t5s_are_checked_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t5, "T5_BASE", SMALL_T5)
+    monkeypatch.setattr(whole_models, "VOCABULARY", 40)
+    for jobs in (t5.t5_generate(2, 3, 2), t5.t5_training(2, 3, 2)):
+        assert list(jobs) == ["SMEAR", "transcription", "ensemble", "plain"]
+        for job in jobs.values():
+            job()
+    saved = t5.t5_saved(2, 3, 2)
+    assert saved["plain"] < saved["SMEAR"]
+    monkeypatch.setattr(t5.transcription, "decoder_block", lambda state, x, seen: x)
+    with pytest.raises(AssertionError, match="not close"):
+        t5.t5_models()
+
+
+def test_the_least_time_of_a_whole_model_is_a_plain_ones_and_what_merging_adds() -> None:
+    ours, plain = [Work(300, 0)], [Work(100, 0)]
+    least = Least({"SMEAR": ours, "plain": plain}, torch.float32, 1, rest={"SMEAR": "plain", "plain": "plain"})
+    case = Case("some model", dict, (Pair("SMEAR", "plain"),), least=least)
+    found = Measured(case, {"SMEAR": [9.0], "plain": [7.0]}, Rates(flops=100, bytes=1))
+    assert found.least == pytest.approx({"SMEAR": 7 + 2, "plain": 7})
 
 
 def test_a_ratio_is_that_of_jobs_in_the_same_round() -> None:
@@ -153,7 +176,7 @@ def test_curves_are_drawn_as_multiples_of_a_plain_adapter(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "speed"], "block, decode, ways, curves, models, rivals"),
+        (["--only", "speed"], "block, decode, ways, curves, t5, resnets, rivals"),
         pytest.param(
             ["--device", "cuda"],
             "sees no CUDA device",

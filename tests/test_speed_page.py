@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from benchmarks.t5 import T5_BASE
 from benchmarks.text_block import BOTTLENECK
-from benchmarks.whole_models import T5_BASE
 
 from .pages import ROOT
 

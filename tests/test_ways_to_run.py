@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from smear_peft import SmearConfig
+from smear_peft import ROUTINGS, SmearConfig
 from smear_peft.block import SmearBlock
 from smear_peft.context import RoutingContext
 from smear_peft.site import Site
@@ -88,6 +90,35 @@ def test_short_sequences_in_other_dtypes_are_as_exact_as_merging(dtype):
     assert out.dtype == dtype
     close = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected, rtol=close, atol=close)
+
+
+class Numbers(TorchDispatchMode):
+    """How many numbers each result of an operation has."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.most = max(self.most, *sizes, 0)
+        return out
+
+
+@pytest.mark.parametrize("routing", sorted(ROUTINGS))
+def test_no_method_writes_a_copy_for_each_example_and_expert(routing):
+    """Neither parameters (B, N, D, r) nor outputs (B, N, L, D), forward and backward."""
+    batch, experts, length, width, bottleneck = 4, 8, 16, 32, 4
+    block = block_of(
+        routing, 1 if routing == "single" else experts, site=replace(SITE, width=width, bottleneck=bottleneck)
+    )
+    x = torch.randn(batch, length, width, dtype=torch.float64, requires_grad=True)
+    with Numbers() as results:
+        tags = torch.arange(batch)
+        out = block(x, RoutingContext(rows=batch, tags=tags, example_ids=tags))[0]
+        out.square().sum().backward()
+    assert batch * length * width <= results.most < batch * experts * width * bottleneck
 
 
 @pytest.mark.parametrize(("rows", "grouped"), [(47, True), (46, False)])
