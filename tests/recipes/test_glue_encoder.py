@@ -17,6 +17,7 @@ from recipes import glue_encoder, report, report_runs, sweep
 from recipes.encoder_heads import NO_CLASS, Batches, EncoderWithHeads, adapt, example_losses, load_encoder
 from recipes.glue_data import TASKS, load_glue
 from recipes.glue_encoder import EncoderJob
+from recipes.multitask import Mixture
 from recipes.run_folder import read_json
 from recipes.settings import as_words, parse
 from smear_peft import list_sites
@@ -167,6 +168,25 @@ def test_a_sweep_passes_over_complete_folders_and_refuses_others(base, whole, tm
 
 
 # What training does
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [({}, 0.05), ({"warmup_steps": 10}, 0.005), ({"max_grad_norm": 1e-10}, 0.05 * 1e-10 / 1e-8)],
+    ids=["as it is", "warm-up", "clipped"],
+)
+def test_the_first_step_is_as_long_as_it_may_be(base, changes, most, tmp_path):
+    """Adam's is the learning rate, wherever the gradient is far above its epsilon."""
+    settings = job(base, steps=1, routing="single", **{"learning_rate": 0.05, "warmup_steps": 0, **changes})
+    splits = load_glue("tiny", settings.tasks)
+    encoder, tokenizer = load_encoder(base)
+    model = adapt(encoder, settings.tasks, settings.smear_config(settings.tasks), seed=0)
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    mixture = Mixture({task: some.train for task, some in splits.items()})
+    batches = Batches(tokenizer, settings.tasks, 64)
+    glue_encoder.train(model, mixture, batches, settings, tmp_path / "checkpoint.safetensors", "a step")
+    moved = max((p - before[name]).abs().max().item() for name, p in model.named_parameters() if name in before)
+    assert most / 20 < moved <= most * 1.01
 
 
 def test_rows_see_the_same_examples(base, tmp_path, monkeypatch):

@@ -42,6 +42,25 @@ def test_a_linear_probe_trains_its_head_alone():
     assert count_trained(model, head_of(model)) == {"adapter": 0, "head": 512 * 3 + 3}
 
 
+def furthest(model, before):
+    """The largest change of a number that trains."""
+    return max((p - before[name]).abs().max().item() for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_gradient_is_clipped_and_nothing_decays():
+    """Adam's first step is the learning rate wherever the gradient is far above its epsilon, 1e-8, and less below."""
+    for norm, moves in ((1.0, 0.01), (1e-10, 0.01 * 1e-10 / 1e-8)):
+        model = adapted()
+        before = state_of(model)
+        train(model, colours(), settings(steps=1, batch_size=8, learning_rate=0.01, max_grad_norm=norm))
+        assert moves / 20 < furthest(model, before) <= moves * 1.01
+    model = adapted("linear_probe")
+    model.fc.weight.data[:, 7] = 5.0
+    model.layer4[1].register_forward_hook(lambda block, given, out: out.index_fill(1, torch.tensor([7]), 0.0))
+    train(model, colours(), settings(steps=3, batch_size=8, learning_rate=0.01))
+    assert torch.equal(model.fc.weight[:, 7], torch.full((3,), 5.0))  # whose input is nothing
+
+
 def test_the_same_seed_trains_the_same_adapter():
     states = []
     for _ in range(2):
