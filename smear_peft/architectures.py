@@ -103,6 +103,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 
 
 def layer_norm_names(modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the layer norms of which copies can train: in T5 those of the paper, else all that have a weight."""
+    return paper_norm_names(modules) or [name for name, module in modules.items() if is_layer_norm(module)]
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Most models of transformers have classes of their own for it, which say so in their names."""
+    named = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    return named and isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def paper_norm_names(modules: dict[str, nn.Module]) -> list[str]:
     """Names of the layer norms that the paper trains in models of this kind."""
     return [
         name

@@ -13,6 +13,7 @@ from smear_peft.block import SmearBlock
 from smear_peft.checkpointing import refuse_lost_terms
 from smear_peft.context import RoutingContext, current
 from smear_peft.recompute import running
+from smear_peft.widths import input_width, own_width
 
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
@@ -29,6 +30,11 @@ class SmearModule(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
+
+    @property
+    def eps(self) -> float:
+        """The base layer's: `nn.TransformerEncoderLayer` asks its norms for it."""
+        return self.get_base_layer().eps  # type: ignore[return-value]
 
     def running(self, mixed: MixedBatch | None = None) -> list[str]:
         """Adapters that act in this module's forward, in their order; in a mixed batch, on their rows."""
@@ -50,9 +56,23 @@ class SmearModule(nn.Module, BaseTunerLayer):
         raise ValueError(CANNOT_MERGE)
 
 
+def slow_path(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A hook that is there for being there, on a dict that is never called, so that it costs nothing.
+
+    In eval mode without gradients `nn.TransformerEncoderLayer` reads its children's weights and calls none of them,
+    which would leave adapters out; not so if any module in it has a hook.
+    """
+
+
 CANNOT_MERGE = (
     "A SMEAR adapter cannot be merged into the base weights: its experts are non-linear and their mixture depends on "
     "the input. Keep the adapter, or take it off with unload(), which returns the base model unchanged."
+)
+
+
+NESTED = (
+    "{} got a nested tensor, over whose positions no router can average; build nn.TransformerEncoder with "
+    "enable_nested_tensor=False, or set its use_nested_tensor = False."
 )
 
 
@@ -72,6 +92,7 @@ class SmearLayer(SmearModule):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.smear_block = nn.ModuleDict()
+        self.smear_block.register_forward_hook(slow_path)
 
     def update_layer(
         self, adapter_name: str, site: Site, config: SmearConfig, device: torch.device, dtype: torch.dtype
@@ -85,8 +106,9 @@ class SmearLayer(SmearModule):
             device: where the block goes, unless it is made on the meta device.
             dtype: of its parameters.
         """
-        for name in ("in_features", "out_features"):
-            setattr(self, name, site.width)
+        base = self.get_base_layer()
+        self.in_features = input_width(base) or site.width
+        self.out_features = (own_width(base) or (site.width, False))[0]
         block = SmearBlock(site, config)
         on_meta = any(p.is_meta for p in block.parameters())
         self.smear_block[adapter_name] = block.to_float(None if on_meta else device, dtype)
@@ -113,6 +135,8 @@ class SmearLayer(SmearModule):
 
     def _route(self, name: str, features: Tensor, context: RoutingContext, given: Tensor | None = None) -> Tensor:
         block = self.block(name)
+        if features.is_nested:
+            raise ValueError(NESTED.format(block.site.name))
         if context.grad and block.training and not torch.is_grad_enabled():
             refuse_lost_terms(block)
         inputs, rows = features, None
@@ -213,6 +237,7 @@ class SmearNorm(SmearModule):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.smear_norm = nn.ModuleDict()
+        self.smear_norm.register_forward_hook(slow_path)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The running adapter's norm, or the base's; a half-precision base gets its own dtype back.

@@ -22,6 +22,7 @@ class Site:
         bottleneck: r, width of one expert.
         parameters: number of trainable parameters of the block.
         inputs: width of what the experts read, where that is not D.
+        encoder_width: width of the encoder's state, where the router reads that.
     """
 
     name: str
@@ -35,6 +36,12 @@ class Site:
     bottleneck: int
     parameters: int = 0
     inputs: int | None = None
+    encoder_width: int | None = None
+
+    @property
+    def router_width(self) -> int:
+        """Width of what the router reads."""
+        return self.encoder_width or self.width
 
 
 class Sites(list[Site]):

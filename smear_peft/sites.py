@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from smear_peft import architectures
-from smear_peft.architectures import layer_norm_names
+from smear_peft.architectures import layer_norm_names, paper_norm_names
 from smear_peft.block import SmearBlock
 from smear_peft.config import SmearConfig
 from smear_peft.routing import get_method
 from smear_peft.site import Site, Sites
 from smear_peft.stacks import Stacks
-from smear_peft.widths import is_activation, width_of
+from smear_peft.widths import input_width, is_activation, own_width, width_of
 
 
 def list_sites(model: nn.Module, config: SmearConfig | None = None) -> list[Site]:
@@ -97,7 +97,12 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
         names = [name for name in _all_linear(modules, config) if stacks.holds(name)]
         config.target_modules = _shortest(names, modules, config)
     if config.train_layer_norms is None:
-        config.train_layer_norms = config.expert_type == "bottleneck" and bool(layer_norm_names(modules))
+        config.train_layer_norms = config.expert_type == "bottleneck" and bool(paper_norm_names(modules))
+    elif config.train_layer_norms and not layer_norm_names(modules):
+        raise ValueError(
+            "train_layer_norms=True, but this model has no layer norms: no nn.LayerNorm with a weight, and no class "
+            "whose name ends in LayerNorm or RMSNorm. Leave train_layer_norms at None."
+        )
     if config.task_type in LATE_HEADS:
         wanted = [*(config.modules_to_save or ()), *LATE_HEADS[config.task_type]]
         config.modules_to_save = list(dict.fromkeys(wanted))
@@ -127,14 +132,23 @@ def _all_linear(modules: dict[str, nn.Module], config: SmearConfig) -> list[str]
     heads = set(head.modules()) if head is not None else set()
     if not heads and config.task_type == TaskType.SEQ_CLS:
         heads = {modules[name] for name in SEQ_CLS_HEAD_NAMES if name in modules}
-    return [name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m not in heads]
+    linear = [name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and m not in heads]
+    return [name for name in linear if not _in_attention(name, modules)]
+
+
+def _in_attention(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a module belongs to torch's attention, which reads the weights of its parts and never calls them."""
+    return isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
 
 
 def trained_norms(modules: dict[str, nn.Module], config: SmearConfig) -> list[str]:
-    """Names of the base's layer norms that a resolved `config` trains copies of: none inside of `modules_to_save`."""
+    """Names of the base's layer norms that a resolved `config` trains copies of.
+
+    No sites are among them, and none is inside of `modules_to_save`.
+    """
     if not config.train_layer_norms:
         return []
-    names = layer_norm_names(modules)
+    names = [name for name in layer_norm_names(modules) if not check_target_module_exists(config, name)]
     whole = config.modules_to_save or ()
     return [n for n in names if not any(re.match(rf"(^|.*\.){module}($|\..*)", n) for module in whole)]
 
@@ -194,9 +208,23 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
         ValueError: the width of the site cannot be told, or the block does not fit there.
     """
     module = modules[name]
+    if _in_attention(name, modules):
+        raise ValueError(
+            f"{name} lies in an nn.MultiheadAttention, which reads its weight and never calls it, so no block would "
+            "run there; leave it out of target_modules, or name it in exclude_modules."
+        )
     width, feature_map = width_of(name, module, modules)
     norm = config.norm
     lora = config.expert_type == "lora"
+    placement = config.placement
+    if lora:
+        placement = "parallel"
+    elif placement == "auto":
+        placement = "input" if is_activation(module) and config.expert_type == "bottleneck" else "output"
+    if placement == "input":
+        if isinstance(module, nn.Embedding):
+            raise ValueError(f"placement='input' at {name}: an embedding reads integers; use placement='output'.")
+        width = input_width(module) or width
     if lora and not isinstance(module, nn.Linear):
         raise ValueError(f"expert_type='lora' needs linear layers, but {name} is a {type(module).__name__}.")
     if norm == "auto" and config.expert_type != "bottleneck":
@@ -207,11 +235,6 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
         raise ValueError(
             f"norm='pre_batch_norm' needs feature maps (B, D, H, W), but {name} is a {type(module).__name__}."
         )
-    placement = config.placement
-    if lora:
-        placement = "parallel"
-    elif placement == "auto":
-        placement = "input" if is_activation(module) and config.expert_type == "bottleneck" else "output"
     if stacks.causal:
         _check_causal(name, config)
     stack = stacks.kind_of(name)
@@ -234,7 +257,22 @@ def describe(name: str, modules: dict[str, nn.Module], config: SmearConfig, stac
         bottleneck=bottleneck,
         inputs=module.in_features if lora else None,  # type: ignore[arg-type]
     )
+    if site.router_input == "encoder state" and get_method(config.routing).router.reads == "pooled":
+        site = replace(site, encoder_width=_encoder_width(site, modules, stacks))
     return _with_parameters(site, config)
+
+
+def _encoder_width(site: Site, modules: dict[str, nn.Module], stacks: Stacks) -> int:
+    if stacks.state_width is not None:
+        return stacks.state_width
+    sized = [own for name, m in modules.items() if stacks.in_encoder(name) and (own := own_width(m))]
+    if sized and sized[-1][0] == site.width:
+        return site.width
+    raise ValueError(
+        f"The router of {site.name} looks at the encoder's final state, whose width cannot be told: no configuration "
+        f"says it, and the encoder does not end with {site.width} features as the site has. Give the encoder a "
+        "config with a hidden_size, or leave the decoder out of target_modules."
+    )
 
 
 def _check_causal(name: str, config: SmearConfig) -> None:

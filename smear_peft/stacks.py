@@ -26,18 +26,21 @@ class Stacks:
 
     Attributes:
         named: the two stacks with their kinds; empty for a model with a single stack.
+        state_width: width of what the decoder gets of the encoder; None where no configuration says it.
         causal: whether the single stack is a decoder that predicts the next token, so that no position may know of
             later ones. With a head that reads the whole text (a classifier's, say) nothing of the answer is in it.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.named: list[tuple[nn.Module, str]] = []
+        self.state_width: int | None = None
         self.causal = False
         owners: list[tuple[nn.Module, str | None]] = []
         for model in _models(root):
             if pair := _declared_pair(model) or _named_pair(model):
                 self.named = list(zip(pair, ("encoder", "decoder"), strict=True))
                 owners = [*self.named]
+                self.state_width = _state_width(model, pair[0])
                 break
             if _is_causal(model):
                 self.causal = True
@@ -49,6 +52,10 @@ class Stacks:
     def holds(self, name: str) -> bool:
         """Whether the module called `name` is in a stack; in a model with a single one, every module is."""
         return not self._prefixes or any(f"{name}.".startswith(prefix) for prefix, _ in self._prefixes)
+
+    def in_encoder(self, name: str) -> bool:
+        """Whether the module called `name` is in the encoder of an encoder-decoder."""
+        return any(f"{name}.".startswith(prefix) for prefix, kind in self._prefixes if kind == "encoder")
 
     def kind_of(self, name: str) -> str | None:
         """Kind of stack ("encoder" or "decoder") of the module called `name`, None in a model with a single stack.
@@ -125,6 +132,19 @@ def _named_pair(root: nn.Module) -> tuple[nn.Module, nn.Module] | None:
             and "encoder_hidden_states" in inspect.signature(decoder.forward).parameters
         ):
             return encoder, decoder
+    return None
+
+
+def _state_width(model: nn.Module, encoder: nn.Module) -> int | None:
+    """What stands between encoder and decoder says it first, then the encoder's configuration, then the model's."""
+    if (bridge := getattr(model, "enc_to_dec_proj", None)) is not None:
+        return bridge.out_features
+    for owner in (encoder, model):
+        config = getattr(owner, "config", None)
+        for part in (config, getattr(config, "text_config", None)):
+            for name in ("output_hidden_size", "hidden_size", "d_model"):
+                if isinstance(width := getattr(part, name, None), int):
+                    return width
     return None
 
 

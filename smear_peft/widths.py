@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 WIDTHS = ("out_features", "out_channels", "nf", "num_features", "embedding_dim")
 ON_FEATURE_MAPS = (nn.modules.conv._ConvNd, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -32,6 +33,15 @@ def own_width(module: nn.Module) -> tuple[int, bool] | None:
     if weight is not None and weight.ndim in (1, 2):
         return weight.shape[0], on_feature_maps(module)
     return None
+
+
+def input_width(module: nn.Module) -> int | None:
+    """Width of what a layer reads, where it says it itself; None for modules that read what they are wide."""
+    for attribute in ("in_features", "in_channels"):
+        width = getattr(module, attribute, None)
+        if isinstance(width, int):
+            return width
+    return module.weight.shape[0] if isinstance(module, Conv1D) else None
 
 
 def width_of(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> tuple[int, bool]:

@@ -102,6 +102,8 @@ def main(folder: Path) -> None:
         model = routed(routing=routing, expert_dropout=0.0, num_experts=4).train()
         found[routing] = run(model, batch)
         found[f"{routing}, plain"] = {} if routing == "reinforce" else run(model, batch, plain=True)
+    top1 = routed(routing="dselect_k", num_experts=4, top_k=2, selector_mode="top1")
+    found["dselect_k, top1"] = run(top1.train(), t5_batch(ROWS, padded=False))
     for routing in ("smear", "adamix", "tag"):
         model = routed(tiny_resnet(), routing=routing, expert_dropout=0.0).train()
         batch = {"x": images(ROWS), **extras(routing, ROWS)}

@@ -15,7 +15,7 @@ def found(tmp_path_factory) -> dict[str, dict[str, float]]:
     return on_two_processes("distributed_worker", tmp_path_factory.mktemp("distributed"))
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", [*ROUTINGS, "dselect_k, top1"])
 def test_every_parameter_has_the_same_gradient_on_all_ranks(routing, found):
     assert found[routing]["missing"] == 0
     assert found[routing]["ranks"] == 0

@@ -210,6 +210,21 @@ def test_tasks_share_experts_per_stack():
     assert all(row.argmax(-1).tolist() == [0, 2, 2] * 4 for row in routes.weights.values())
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_every_parameter_of_top1_selectors_gets_a_gradient(k):
+    """If only of zero, as for w: DDP waits for all of them, and the choice itself has none."""
+    grads = {}
+    for mode in ("top1", "mix"):
+        model, layer, x = on_text(routing="dselect_k", num_experts=4, top_k=k, selector_mode=mode)
+        out, terms = routed_loss(model.train(), {"x": x}, lambda out, batch: out.square().mean((1, 2)))
+        out.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        grads[mode], grads[f"{mode} selector"] = layer.block_state("default")["dselect.w"].grad, terms["selector"]
+    assert grads["top1"].abs().max() == 0
+    assert (grads["mix"].abs().max() > 0) == (k > 1)
+    assert torch.equal(grads["top1 selector"], grads["mix selector"])
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("k", [1, 2])
 def test_dselect_k_of_any_number_of_experts(num_experts, k, tmp_path):

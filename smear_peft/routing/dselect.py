@@ -56,14 +56,14 @@ class DSelectRouter(Router):
 
     The weights are not renormalised: they sum to at most 1 if N is no power of two. The "selector" term is the mean
     entropy of the selectors, plus mean(1 / sum_n s) if N is no power of two. With `selector_mode="top1"` the likeliest
-    expert runs alone and unscaled.
+    expert runs alone and unscaled, and the selectors learn from the "selector" term alone (authors' code).
     """
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
         self.top1 = config.selector_mode == "top1"
-        self.router = InputNorm(site.width)
-        self.dselect = Selectors(site.width, config.top_k, code_bits(config.num_experts))
+        self.router = InputNorm(site.router_width)
+        self.dselect = Selectors(site.router_width, config.top_k, code_bits(config.num_experts))
         self.codes = codes(config.num_experts)
 
     def reset_parameters(self, config: SmearConfig) -> None:
@@ -83,7 +83,10 @@ class DSelectRouter(Router):
         selected = torch.where(ones, t.unsqueeze(2), 1 - t.unsqueeze(2)).prod(-1)  # (B, k, N)
         share = (x @ self.dselect.w.to(dtype)).softmax(-1)  # (B, k)
         weights = torch.einsum("bk,bkn->bn", share, selected)
-        return self.mixture(weights, {"selector": self.entropy(selected)})
+        term = self.entropy(selected)
+        if self.top1:  # nothing differentiable uses w; DDP waits for the gradients of all parameters
+            term = term + 0 * weights.sum()
+        return self.mixture(weights, {"selector": term})
 
     def mixture(self, weights: Tensor, losses: dict[str, Tensor] | None = None) -> Mixture:
         """Mix all outputs by weights (B, N); in top1 mode run the expert with the largest, unscaled."""

@@ -130,7 +130,7 @@ class ReinforceRouter(LikeliestRouter):
 
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
-        self.baseline = Baseline(site.width)
+        self.baseline = Baseline(site.router_width)
 
     def reset_parameters(self, config: SmearConfig) -> None:
         """Draw the gate's and the baseline's initial weights (std 0.01)."""

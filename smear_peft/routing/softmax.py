@@ -83,7 +83,7 @@ class SoftmaxRouter(Router):
     def __init__(self, site: Site, config: SmearConfig) -> None:
         super().__init__(site, config)
         self.expert_dropout = config.dropout_probability()
-        self.router = SoftmaxGate(site.width, config.num_experts)
+        self.router = SoftmaxGate(site.router_width, config.num_experts)
 
     def reset_parameters(self, config: SmearConfig) -> None:
         """Draw the gate's initial weights."""
