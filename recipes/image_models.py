@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
@@ -68,7 +71,16 @@ def adapt(base: nn.Module, config: SmearConfig | None, classes: int) -> nn.Modul
         probe.get_submodule(head_of(probe)).requires_grad_(True)
         return probe
     config.modules_to_save = [head_of(base)]
-    return peft.get_peft_model(base, config)
+    with told_elsewhere():
+        return peft.get_peft_model(base, config)
+
+
+@contextmanager
+def told_elsewhere() -> Iterator[None]:
+    """Without the warning that drifting statistics are not saved: here they are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="base_batch_norm=")
+        yield
 
 
 def save_adapted(model: nn.Module, folder: Path) -> None:
@@ -88,7 +100,8 @@ def load_adapted(base: nn.Module, folder: Path, classes: int) -> nn.Module:
     if (folder / "head.safetensors").is_file():
         base.get_submodule(head_of(base)).load_state_dict(load_file(folder / "head.safetensors"))
         return base
-    model = smear_peft.load(base, str(folder))
+    with told_elsewhere():
+        model = smear_peft.load(base, str(folder))
     if (folder / STATISTICS).is_file():
         model.load_state_dict(load_file(folder / STATISTICS), strict=False)
     return model

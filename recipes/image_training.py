@@ -149,7 +149,7 @@ def training_mode(model: nn.Module, settings: TrainingSettings) -> None:
     if settings.block_batch_norm == "running":
         for module in model.modules():
             if isinstance(module, smear_peft.SmearLayer):
-                for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+                for norm in (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
                     norm.eval()
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from smear_peft.block import EPS
+
+if TYPE_CHECKING:
+    from smear_peft.layer import SmearLayer
 
 
 class Affine(NamedTuple):
@@ -49,22 +53,108 @@ def behind(norm: Affine, own: Affine, down: Tensor, bias: Tensor) -> tuple[Tenso
     return (ratio.unsqueeze(1) * down.double()).to(down.dtype), (bias.double() + more).to(bias.dtype)
 
 
-def hold_statistics(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of a frozen BatchNorm: use the running statistics, whatever mode the model is in."""
-    if module.training:
-        module.training = False
+class Switch:
+    """Whether the base's statistics are held, for all of its BatchNorms."""
+
+    on = True
 
 
-def hold_base_statistics(root: nn.Module, skip: Callable[[str], bool]) -> None:
-    """Keep the running statistics of the base's BatchNorms fixed in training.
+class Hold:
+    """Hooks of one BatchNorm of the base: while it runs, it uses its running statistics, whatever mode it is in.
+
+    They know of no layers and no root: PEFT copies modules of the base (`modules_to_save`), hooks and all.
+
+    Args:
+        norm: the BatchNorm.
+        switch: of the model.
+    """
+
+    def __init__(self, norm: nn.Module, switch: Switch) -> None:
+        self.switch = switch
+        self.was_training = False
+        self.hang(norm)
+
+    def hang(self, norm: nn.Module) -> None:
+        """Put the hooks on a BatchNorm."""
+        self.norm = norm
+        norm.register_forward_pre_hook(self.before)
+        norm.register_forward_hook(self.after, always_call=True)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Out of training mode, if the switch is on."""
+        self.was_training = module.training
+        if module.training and self.switch.on:
+            module.training = False
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Back into the mode that it was in."""
+        if self.was_training:
+            module.training = True
+
+
+class HoldHook:
+    """Forward pre-hook of the root model: holds the base's statistics unless every active adapter lets them go.
+
+    It also looks after modules that took a BatchNorm's place since: `SyncBatchNorm.convert_sync_batchnorm` builds new
+    ones, without hooks.
+
+    Args:
+        places: (parent, name) of the base's BatchNorms.
+        layers: the routed layers, which know the active adapters.
+    """
+
+    def __init__(self, places: list[tuple[nn.Module, str]], layers: list[SmearLayer]) -> None:
+        self.layers = layers
+        self.switch = Switch()
+        self.holds = [(parent, name, Hold(getattr(parent, name), self.switch)) for parent, name in places]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Set the switch, and hang the hooks that are missing."""
+        self.switch.on = any(
+            layer.by_adapter[name].config.base_batch_norm == "frozen"  # type: ignore[union-attr]
+            for layer in self.layers
+            for name in layer.active_adapters
+            if name in layer.by_adapter
+        )
+        for parent, name, hold in self.holds:
+            norm = getattr(parent, name, None)
+            if norm is not hold.norm and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                hold.hang(norm)
+
+
+def hold_statistics(root: nn.Module, layers: list[SmearLayer]) -> None:
+    """Keep the running statistics of the base's BatchNorms fixed in training, in place of an earlier `hold_statistics`.
+
+    Adapters' own BatchNorms, and those that are trained in full (`modules_to_save`), keep their own ways.
 
     Args:
         root: the base model, with adapters.
-        skip: names of modules that are trained in full, and so keep their own ways.
+        layers: its routed layers.
     """
-    from smear_peft.layer import SmearLayer  # noqa: PLC0415
+    release_statistics(root)
+    if places := base_norms(root):
+        root.register_forward_pre_hook(HoldHook(places, layers))
 
-    ours = {id(m) for layer in root.modules() if isinstance(layer, SmearLayer) for m in layer.smear_block.modules()}
-    for name, module in root.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in ours and not skip(name):
-            module.register_forward_pre_hook(hold_statistics)
+
+def release_statistics(root: nn.Module) -> None:
+    """Take the hooks of `hold_statistics` off a root model and its parts."""
+    for module in root.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in table.items() if isinstance(getattr(hook, "__self__", hook), Hold | HoldHook)]:
+                del table[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def base_norms(root: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(parent, name) of the BatchNorms of the base, those that an adapter has for itself left out."""
+    from smear_peft.layer import SmearModule  # noqa: PLC0415
+
+    own: set[nn.Module] = set()
+    for module in root.modules():
+        if isinstance(module, SmearModule):
+            own.update(module.by_adapter.modules())
+        elif isinstance(module, ModulesToSaveWrapper):
+            own.update(module.modules_to_save.modules())
+    found = ((parent, name, child) for parent in root.modules() for name, child in parent.named_children())
+    found = (entry for entry in found if entry[0] not in own)
+    return [(parent, name) for parent, name, child in found if isinstance(child, nn.modules.batchnorm._BatchNorm)]

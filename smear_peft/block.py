@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from smear_peft.context import RoutingContext
@@ -96,13 +97,14 @@ class SmearBlock(nn.Module):
                 state and runs outside of its model.
         """
         tokens = self._tokens(self._normalised(features, context.recomputed), context.text)
-        read = tokens if source is None else self._tokens(source, context.text)
+        device = tokens.device
+        read = tokens if source is None else self._tokens(source.to(device), context.text)
         generation = context.generation if self.site.router_input != "own output" else None
         if generation is not None and (plan := generation.recall(self)) is not None:
             return self._added(self._update(read, *plan), features), None, None
         sequence = features.ndim == 3 or tokens.shape[:2] == context.text
         own = self.site.router_input != "encoder state" and not self.site.feature_map
-        mask = context.mask if sequence and own else None
+        mask = on(context.mask, device) if sequence and own else None
         rows = tokens.shape[0] if generation is None else generation.rows or tokens.shape[0]
         mixture, seen = self._route(tokens, rows, mask, context, override)
         expert = None
@@ -125,7 +127,8 @@ class SmearBlock(nn.Module):
             pooled = self._pooled(tokens, mask, context)
         elif self.routing.reads == "tokens" and mask is not None:
             check_mask(tokens, mask)
-        query = Query(rows, tokens.device, pooled, tokens, mask, context.tags, context.example_ids)
+        tags, ids = (on(value, tokens.device) for value in (context.tags, context.example_ids))
+        query = Query(rows, tokens.device, pooled, tokens, mask, tags, ids)
         for name, value in (("routing_tags", query.tags), ("example_ids", query.example_ids)):
             if name in self.method.needs and value is None:
                 raise ValueError(missing_argument(self.method.name, name))
@@ -145,7 +148,7 @@ class SmearBlock(nn.Module):
                     f"The router of {self.site.name} looks at the encoder's final state, which only a call of the "
                     "whole model gives it; call the model (or its decoder with encoder_hidden_states), not this layer."
                 )
-            return context.source.pooled[self.config.pooling]
+            return context.source.pooled[self.config.pooling].to(tokens.device)
         if self.site.router_input == "prompt":
             if context.generation is not None:
                 return context.generation.pooled(self, tokens, mask)
@@ -178,8 +181,10 @@ class SmearBlock(nn.Module):
 
     def _normalised(self, features: Tensor, recomputed: bool) -> Tensor:
         norm = self.norm
-        if not isinstance(norm, nn.BatchNorm2d):
+        if self.site.norm != "pre_batch_norm" or norm is None:
             return features
+        if type(norm) is not nn.BatchNorm2d:
+            return converted(norm, features, recomputed)
         stats, variance = norm.running_mean, norm.running_var
         assert stats is not None
         assert variance is not None
@@ -221,7 +226,7 @@ class SmearBlock(nn.Module):
         """
         self.to(device=device, dtype=dtype)
         self.expert.keep_float32()
-        if isinstance(self.norm, nn.BatchNorm2d) and dtype in (torch.bfloat16, torch.float16):
+        if self.site.norm == "pre_batch_norm" and dtype in (torch.bfloat16, torch.float16):
             for name in ("running_mean", "running_var"):
                 setattr(self.norm, name, getattr(self.norm, name).float())
         return self
@@ -230,6 +235,21 @@ class SmearBlock(nn.Module):
         """Live parameters and buffers under the fixtures' names (tests/fixtures/oracle/README.md)."""
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name.removeprefix("routing."): tensor for name, tensor in named.items()}
+
+
+def converted(norm: nn.Module, x: Tensor, recomputed: bool) -> Tensor:
+    """What a module that took a BatchNorm2d's place makes of x (B, D, H, W): a SyncBatchNorm, or timm's frozen one."""
+    dtype = next((buffer.dtype for buffer in norm.buffers() if buffer.is_floating_point()), x.dtype)
+    other = {name: p.to(dtype) for name, p in norm.named_parameters() if p.dtype != dtype}
+    if norm.training and recomputed:  # the forward itself has updated the statistics
+        other |= {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    out = functional_call(norm, other, (cast(x, dtype),)) if other else norm(cast(x, dtype))
+    return cast(out, x.dtype)
+
+
+def on(x: Tensor | None, device: torch.device) -> Tensor | None:
+    """A tensor that is None or on a device: what came with the batch may be elsewhere, in a model over several."""
+    return x if x is None or x.device == device else x.to(device)
 
 
 def balance(mixture: Mixture) -> Tensor:

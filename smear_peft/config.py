@@ -89,8 +89,8 @@ class SmearConfig(ExpertFields, PeftConfig):
     )
     selector_mode: str = setting("dselect_k: mix the experts' outputs, or run the top1 expert unscaled.", "mix")
     base_batch_norm: str = setting(
-        "frozen: the base's BatchNorms keep their running statistics in training; train (or drift): they take part in "
-        "training mode and drift, as in the authors' code.",
+        "frozen: the base's BatchNorms keep their running statistics in training; train (or drift): where all active "
+        "adapters say so, the statistics drift, as in the authors' code, and save_pretrained does not hold them.",
         "frozen",
     )
     top_k: int = setting("top_k: experts used for an example; dselect_k: selectors.", 1)

@@ -78,7 +78,7 @@ class MixedBatch:
 
     def rows_of(self, adapter: str, x: Tensor) -> Tensor:
         """Indices into x (B * beams, ...) of an adapter's rows; rows of one example are neighbours."""
-        rows, beams = self.rows[adapter], self.beams(x.shape[0])
+        rows, beams = self.rows[adapter].to(x.device), self.beams(x.shape[0])
         return rows if beams == 1 else (rows[:, None] * beams + torch.arange(beams, device=rows.device)).flatten()
 
     def part(self, context: RoutingContext, adapter: str) -> RoutingContext:
@@ -90,7 +90,7 @@ class MixedBatch:
 
         source, generation = context.source, context.generation
         if source is not None:
-            pooled = {name: x[rows] for name, x in source.pooled.items()}
+            pooled = {name: x[rows.to(x.device)] for name, x in source.pooled.items()}
             source = source._replace(state=None, mask=of(source.mask), pooled=pooled)
         if generation is not None:
             generation = copy.copy(generation)

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
-from smear_peft.batch_norm import hold_base_statistics
+from smear_peft.batch_norm import base_norms, hold_statistics, release_statistics
 from smear_peft.config import SmearConfig
 from smear_peft.context import current, entered
 from smear_peft.hooks import install, uninstall
@@ -71,7 +71,7 @@ class SmearModel(BaseTuner):
         check_adapter_name(adapter_name, modules)
         check_memory(self._sites.values())
         self._reference = reference_tensors(modules, list(self._sites))
-        self._check_base(model, modules)
+        self._check_base(model, config)
         self.peft_config[adapter_name] = config
         super().inject_adapter(
             model,
@@ -84,7 +84,7 @@ class SmearModel(BaseTuner):
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._connect(model)
 
-    def _check_base(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    def _check_base(self, model: nn.Module, config: SmearConfig) -> None:
         half = any(p.dtype == torch.float16 for p in model.parameters())
         if half and type(model).__name__.lstrip("UM").startswith("T5"):
             warnings.warn(
@@ -93,14 +93,20 @@ class SmearModel(BaseTuner):
                 UserWarning,
                 stacklevel=2,
             )
+        if config.base_batch_norm != "frozen" and base_norms(base_model(model)):
+            warnings.warn(
+                f"base_batch_norm={config.base_batch_norm!r}: training moves the running statistics of the base's "
+                "BatchNorms, and save_pretrained does not hold them, so that a reload answers differently. Save the "
+                "model's buffers beside the adapter and load them after it, or leave base_batch_norm='frozen'.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _connect(self, model: nn.Module) -> None:
         model = base_model(model)  # torch.compile traces the hooks of what it wraps
         configs = [c for c in self.peft_config.values() if isinstance(c, SmearConfig)]
         install(model, dict(routed_layers(model)), configs)
-        if configs and all(config.base_batch_norm == "frozen" for config in configs):
-            trained = [name for config in configs for name in config.modules_to_save or ()]
-            hold_base_statistics(model, lambda name: any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in trained))
+        hold_statistics(model, [layer for _, layer in routed_layers(model)])
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Whether `key` is a site, or a layer norm that trains. PEFT asks for one name after another.
@@ -210,6 +216,7 @@ class SmearModel(BaseTuner):
         """
         model = super().unload()
         uninstall(base_model(model))
+        release_statistics(base_model(model))
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -30,7 +30,7 @@ def pool(x: Tensor, mask: Tensor | None) -> Tensor:
     kept = None
     if mask is not None:
         check_mask(x, mask)
-        kept = (mask != 0).to(dtype)
+        kept = (mask != 0).to(x.device, dtype)
     with without_autocast(x.device):
         if x.dtype != dtype and x.device.type == "cpu" and not torch.compiler.is_compiling():
             total: Tensor = _SumOfHalf.apply(x, kept)

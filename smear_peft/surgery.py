@@ -192,8 +192,9 @@ def _expert_behind(block: SmearBlock, norm: nn.Module | None) -> dict[str, Tenso
     """The tensors of a plain block's expert, which is to stand behind another block's norm."""
     halves = (part.split(".") for part, _ in block.expert.named_parameters())
     values = {f"{half}.{kind}": getattr(block.expert, half).stacked(kind)[0].detach() for half, kind in halves}
-    if isinstance(block.norm, nn.BatchNorm2d) and isinstance(norm, nn.BatchNorm2d):
-        own, other = block.norm.state_dict(), norm.state_dict()
+    norms = [part.state_dict() for part in (block.norm, norm) if part is not None and hasattr(part, "running_mean")]
+    if len(norms) == 2:
+        own, other = norms
         if not all(torch.equal(own[name], other[name]) for name in PARTS):
             pair = behind(Affine.of(other), Affine.of(own), values["down.weight"], values["down.bias"])
             values["down.weight"], values["down.bias"] = pair

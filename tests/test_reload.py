@@ -87,6 +87,7 @@ def statistics(model):
     }
 
 
+@pytest.mark.filterwarnings("ignore:base_batch_norm=")  # that the base drifts is meant
 @pytest.mark.parametrize(("setting", "moves"), [("frozen", False), ("train", True), ("drift", True)])
 def test_statistics_of_frozen_batch_norms(setting, moves):
     model = get_peft_model(tiny_resnet(), SmearConfig(**SMALL, base_batch_norm=setting)).train()
