@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,3 +34,25 @@ class Call:
             if isinstance(value, Tensor) and value.ndim == ndim:
                 return value.shape[0], value.shape[1]
         return None
+
+    def texts_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+        """(B, L) of the text that a forward got, or (B, C, L) where each example has C of them (multiple choice)."""
+        ids, embeds = (self.get(name, args, kwargs) for name in ("input_ids", "inputs_embeds"))
+        if isinstance(ids, Tensor):
+            return ids.shape
+        return embeds.shape[:-1] if isinstance(embeds, Tensor) else None
+
+    def texts_per_example(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """C of multiple choice, which models run as B * C rows; 1 elsewhere.
+
+        The third dimension is another one where a mask (B, L) says that the second are positions.
+        """
+        shape, mask = self.texts_shape(args, kwargs), self.get("attention_mask", args, kwargs)
+        several = shape is not None and len(shape) == 3 and not (isinstance(mask, Tensor) and mask.ndim == 2)
+        return shape[1] if several and shape is not None else 1
+
+    def one_text_a_row(self, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A mask (B, C, L) of such a call as (B * C, L); anything else as it is."""
+        if isinstance(mask, Tensor) and mask.ndim == 3 and mask.shape == self.texts_shape(args, kwargs):
+            return mask.flatten(0, 1)
+        return mask

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from smear_peft.context import current, entered, pooled_source
+from smear_peft.terms import block_terms
 
 if TYPE_CHECKING:
     from smear_peft.block import SmearBlock
@@ -73,7 +74,7 @@ def refuse_lost_terms(block: SmearBlock) -> None:
     Raises:
         ValueError: it makes some; the message says how to checkpoint instead.
     """
-    if block.method.block_losses or block.config.balance_weight > 0:
+    if block_terms(block.config):
         raise ValueError(
             f"routing={block.method.name!r} has auxiliary terms that re-entrant gradient checkpointing cannot carry; "
             "enable it with gradient_checkpointing_kwargs={'use_reentrant': False}."

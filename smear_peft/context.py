@@ -46,7 +46,7 @@ class RoutingContext(NamedTuple):
         owner: the module (or trace) that entered this context.
         rows: B, examples before beam expansion; None where nobody said.
         text: (B, L) of the text that the running forward got, beams counted; None without text.
-        reads: whether some active router looks at the input.
+        reads: whether some active router looks at the input; True where no root model says.
         tags: (B,) integers, indices into `SmearConfig.tasks`.
         example_ids: (B,) integers.
         routing_mask: (B, L), positions that routers may see, given by the caller.
@@ -64,7 +64,7 @@ class RoutingContext(NamedTuple):
     owner: Any = None
     rows: int | None = None
     text: tuple[int, int] | None = None
-    reads: bool = False
+    reads: bool = True
     tags: Tensor | None = None
     example_ids: Tensor | None = None
     routing_mask: Tensor | None = None

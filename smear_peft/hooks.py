@@ -1,7 +1,7 @@
 """How a forward gets its `RoutingContext`: hooks on the root model and on its stacks, put there at injection.
 
     root pre-hook      takes the routing arguments out of the call, checks them, enters a context
-    stack pre-hook     adds the stack's mask; in a decoder, pools the encoder's state
+    stack pre-hook     adds the stack's mask; in a decoder, pools the encoder's state (`stack_hooks.py`)
     post-hooks         leave it again, also when the forward failed
 
 All hooks are plain picklable objects, so that copies of a model bring their own.
@@ -16,29 +16,27 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from smear_peft.batch_norm import hold_statistics
 from smear_peft.block import missing_argument
 from smear_peft.call import Call
 from smear_peft.checkpointing import RoutedCheckpoint, route_checkpoints
 from smear_peft.context import (
     ROUTED_ARGUMENTS,
     RoutingContext,
-    Source,
     as_ids,
     as_mask,
     batch_size,
     current,
     enter,
-    leave,
     module_device,
-    pooled_source,
 )
 from smear_peft.generation import Generation, RoutedGenerate
 from smear_peft.mixed import MixedBatch, name_rows
 from smear_peft.prompt import PromptFinder
 from smear_peft.recompute import Forward, running
 from smear_peft.routing import get_method
-from smear_peft.stacks import Stacks
+from smear_peft.stack_hooks import LeaveHook, StackHook, TowerHook, own_mask
+from smear_peft.stacks import Stacks, outermost
+from smear_peft.terms import term_names
 
 if TYPE_CHECKING:
     from smear_peft.config import SmearConfig
@@ -58,7 +56,7 @@ class RootHook:
     def __init__(self, module: nn.Module, layers: list[SmearLayer], stacks: Stacks) -> None:
         self.layers = layers
         self.call = Call(module)
-        self.is_stack = not stacks.named
+        self.is_stack = not stacks.named and not stacks.causal
         self.causal = stacks.causal
         self.prompt = PromptFinder(self.call)
         self.warned = False
@@ -71,6 +69,8 @@ class RootHook:
         given = {name: kwargs[name] for name in ROUTED_ARGUMENTS if name in kwargs}
         if given:
             kwargs = {name: value for name, value in kwargs.items() if name not in given}
+            if self.is_stack and "routing_mask" in given:
+                given["routing_mask"] = self.call.one_text_a_row(given["routing_mask"], args, kwargs)
         generation = outer.generation
         inside = isinstance(outer.owner, RoutedGenerate) and outer.owner.model is module and not given
         if inside and generation is not None and self._is_step(generation, args, kwargs):
@@ -83,17 +83,25 @@ class RootHook:
         if self.causal:
             context = context._replace(mask=self.prompt(context, args, kwargs) if context.reads else None)
         elif self.is_stack:
-            mask = context.routing_mask
-            if mask is None:
-                mask = as_mask(self.call.get("attention_mask", args, kwargs), "attention_mask")
-            context = context._replace(mask=mask)
+            context = self._as_stack(context, args, kwargs)
         grad = torch.is_grad_enabled()
         if module.training and grad:
-            self._warn_of_lost_terms(context)
+            self._warn_of_lost_terms(module, context)
             route_checkpoints(module)
         notes = Forward() if grad and not context.recomputed and not torch.compiler.is_compiling() else None
         enter(context._replace(owner=module, text=self.call.text_shape(args, kwargs), grad=grad, forward=notes))
         return args, kwargs
+
+    def _as_stack(self, context: RoutingContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutingContext:
+        """The context of a model that is its own only stack; in multiple choice, each text is a row."""
+        mask = None
+        if context.reads:
+            mask = own_mask(self.call, args, kwargs) if context.routing_mask is None else context.routing_mask
+        texts = self.call.texts_per_example(args, kwargs)
+        if texts == 1 or context.mixed is not None:
+            return context._replace(mask=mask)
+        tags, ids = (None if x is None else x.repeat_interleave(texts) for x in (context.tags, context.example_ids))
+        return context._replace(mask=mask, tags=tags, example_ids=ids)
 
     def _is_step(self, generation: Generation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if generation.prompt is None:
@@ -150,15 +158,14 @@ class RootHook:
                     found[name] = layer.block(name).config
         return found
 
-    def _warn_of_lost_terms(self, context: RoutingContext) -> None:
-        if self.warned or any(trace.holds_terms for trace in context.traces) or context.recomputed:
+    def _warn_of_lost_terms(self, module: nn.Module, context: RoutingContext) -> None:
+        held = any(trace.holds_terms and trace.root is module for trace in context.traces)
+        if self.warned or held or context.recomputed:
             return
         if torch.compiler.is_compiling():  # a graph cannot warn
             return
         for config in self.configs().values():
-            method = get_method(config.routing)
-            terms = [*method.losses, *(["balance"] if config.balance_weight > 0 else [])]
-            if terms:
+            if terms := term_names(config):
                 self.warned = True
                 warnings.warn(
                     f"routing={config.routing!r} has auxiliary terms ({', '.join(terms)}) that the model's loss "
@@ -187,64 +194,6 @@ def check_range(tags: Tensor | None, config: SmearConfig) -> None:
         )
 
 
-class StackHook:
-    """Forward pre-hook of an encoder or decoder.
-
-    Args:
-        module: the stack.
-        kind: "encoder" or "decoder".
-        poolings: how routers in this stack pool.
-    """
-
-    def __init__(self, module: nn.Module, kind: str, poolings: tuple[str, ...]) -> None:
-        self.call = Call(module)
-        self.kind = kind
-        self.poolings = poolings
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Enter the stack's context."""
-        context = running()
-        if self.kind == "encoder":
-            mask = context.routing_mask
-            if mask is None:
-                mask = as_mask(self.call.get("attention_mask", args, kwargs), "attention_mask")
-            context = context._replace(mask=mask, source=None)
-        else:
-            context = context._replace(mask=None, source=self._source(context, args, kwargs))
-        if module.training and torch.is_grad_enabled():
-            route_checkpoints(module)
-        enter(context._replace(owner=module))
-
-    def _source(self, context: RoutingContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source | None:
-        generation = context.generation
-        if generation is not None and generation.source is not None:
-            return generation.source
-        state = self.call.get("encoder_hidden_states", args, kwargs)
-        if state is None:
-            return None
-        mask = context.routing_mask
-        if mask is None:
-            mask = as_mask(self.call.get("encoder_attention_mask", args, kwargs), "encoder_attention_mask")
-        if generation is not None:
-            state = generation.first_beams(state)
-            if mask is not None and mask.shape[0] != state.shape[0]:
-                mask = generation.first_beams(mask)
-        source = pooled_source(state, mask, self.poolings)
-        if generation is not None and not torch.is_grad_enabled():
-            generation.source = source
-        return source
-
-
-class LeaveHook:
-    """Forward post-hook: leave the module's context. Registered to run when the forward failed, too."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Leave."""
-        left = leave(module)
-        if left is not None and left.forward not in (None, current().forward):
-            left.forward.close(output)
-
-
 def install(root: nn.Module, layers: dict[str, SmearLayer], configs: list[SmearConfig]) -> None:
     """Put the hooks on a root model, in place of those of an earlier injection.
 
@@ -263,6 +212,11 @@ def install(root: nn.Module, layers: dict[str, SmearLayer], configs: list[SmearC
     for stack, kind in pairs:
         stack.register_forward_pre_hook(StackHook(stack, kind, poolings), with_kwargs=True)
         stack.register_forward_hook(LeaveHook(), always_call=True)
+    towers = dict.fromkeys(model for child in root.children() for model in outermost(child))
+    if hook.is_stack and len(towers) > 1:
+        for tower in towers:
+            tower.register_forward_pre_hook(TowerHook(tower), with_kwargs=True)
+            tower.register_forward_hook(LeaveHook(), always_call=True)
     for module in root.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             module.register_forward_pre_hook(name_rows, with_kwargs=True)
@@ -289,4 +243,4 @@ def uninstall(root: nn.Module) -> None:
 
 
 def _is_ours(hook: Any) -> bool:
-    return isinstance(hook, RootHook | StackHook | LeaveHook) or hook in (hold_statistics, name_rows)
+    return isinstance(hook, RootHook | StackHook | TowerHook | LeaveHook) or hook is name_rows

@@ -21,7 +21,7 @@ from smear_peft.adapter_file import read_config
 from smear_peft.cards import adapter_card, base_card, check_card, draw_routes, run_card
 from smear_peft.cards.heatmap import HEATMAP
 from smear_peft.cards.metadata import LICENCE_FILE
-from smear_peft.cards.runs import ADAPTER, BASE, FIGURES, Run, hub_id, read_run
+from smear_peft.cards.runs import ADAPTER, BASE, FIGURES, Run, base_id, read_run
 from smear_peft.config import SmearConfig
 
 CARD = "README.md"
@@ -140,9 +140,9 @@ def prepare(
             "models can be saved first, and their folder pushed."
         )
     config = read_config(place / CONFIG_NAME)
-    if base_model is not None and hub_id(base_model) is None:
-        raise ValueError(f"base_model={base_model!r} must be an id on the Hub, 'user/name', and no path.")
-    base_model = base_model or (run.base_on_hub() if run else None) or hub_id(config.base_model_name_or_path)
+    if base_model is not None and base_id(base_model) is None:
+        raise ValueError(f"base_model={base_model!r} must be an id on the Hub, 'user/name' or 'name', and no path.")
+    base_model = base_model or (run.base_on_hub() if run else None) or base_id(config.base_model_name_or_path)
     if run and base_model is None and (run.folder / BASE).is_dir():
         base_model = f"{repo_id}-base"
         shutil.copytree(run.folder / BASE, base)

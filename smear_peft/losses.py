@@ -38,22 +38,55 @@ def label_smoothed_nll(logits: Tensor, labels: Tensor, epsilon: float = 0.0, red
 
 
 def example_losses(logits: Tensor, labels: Tensor, epsilon: float = 0.0, shift: bool = False) -> Tensor:
-    """The loss of each example, which REINFORCE's reward is made of: cross-entropy, summed over an example's tokens.
+    """The loss of each example, which REINFORCE's reward is made of.
+
+    Classes and tokens: cross-entropy, summed over an example's tokens. A single logit: its squared error. Floats for
+    several classes: binary cross-entropy, averaged over these. The latter two are Transformers' problem types
+    "regression" and "multi_label_classification".
 
     Args:
         logits: (B, V), or (B, T, V).
-        labels: (B,), or (B, T); -100 is ignored.
-        epsilon: label smoothing.
+        labels: (B,), or (B, T); -100 is ignored. Values (B,) or (B, 1) where V is 1, shares in [0, 1] (B, V) elsewhere.
+        epsilon: label smoothing of classes and tokens.
         shift: whether position t predicts label t + 1 (causal language models).
 
     Returns:
-        (B,), in nats.
+        (B,), in nats; squared errors in the labels' unit, squared.
+
+    Raises:
+        ValueError: the labels are none of these.
     """
+    if labels.is_floating_point() or logits.shape[-1] == 1:
+        return _losses_of_values(logits, labels)
+    if logits.ndim not in (2, 3) or labels.shape != logits.shape[:-1]:
+        raise _unknown_task(logits, labels)
     if logits.ndim == 2:
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=epsilon)
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     return label_smoothed_nll(logits, labels, epsilon, "none")
+
+
+def _losses_of_values(logits: Tensor, labels: Tensor) -> Tensor:
+    single = logits.ndim == 2 and logits.shape[1] == 1
+    if logits.ndim != 2 or (labels.shape != logits.shape and not (single and labels.shape == logits.shape[:1])):
+        raise _unknown_task(logits, labels)
+    logits = widened(logits)
+    labels = labels.reshape(logits.shape).to(logits.dtype)
+    if single:
+        return (logits - labels).square().squeeze(1)
+    if bool(((labels < 0) | (labels > 1)).any()):
+        raise _unknown_task(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+
+
+def _unknown_task(logits: Tensor, labels: Tensor) -> ValueError:
+    return ValueError(
+        f"Logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)} are of no task whose loss per "
+        "example is known: class indices (B,) or (B, T), floats in [0, 1] of the logits' shape (B, V), or values (B,) "
+        "for a single logit. Pass routed_loss a loss_fn that returns a (B,) tensor, or override the trainer's "
+        "example_losses."
+    )
 
 
 def reinforce(probs: Tensor, chosen: Tensor, baseline: Tensor, example_losses: Tensor) -> dict[str, Tensor]:

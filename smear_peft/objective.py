@@ -7,6 +7,7 @@ have their own ways to a task loss, and hand it to `routed_step`, which both sta
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -16,24 +17,13 @@ from torch import Tensor, nn
 
 from smear_peft.config import SmearConfig
 from smear_peft.losses import consistency, example_losses, reinforce
-from smear_peft.routing import get_method
+from smear_peft.routing.mixture import Policy
 from smear_peft.sites import base_model
 from smear_peft.stacks import outermost, writes
-from smear_peft.trace import Trace, routed_layers, trace
+from smear_peft.terms import block_terms, term_names, term_weight
+from smear_peft.trace import StepTrace, Trace, add_terms, listening, routed_layers
 
 LossFunction = Callable[[Any, dict[str, Any]], Tensor]
-WEIGHT_FIELDS = {"selector": "selector_loss_weight"}
-
-
-def term_names(config: SmearConfig) -> list[str]:
-    """Names of the auxiliary terms that an adapter trains with."""
-    return [*get_method(config.routing).losses, *(["balance"] if config.balance_weight > 0 else [])]
-
-
-def term_weight(config: SmearConfig, term: str) -> float:
-    """A term's weight: the field `<term>_weight`; for methods from outside the routing option of that name, or 1."""
-    field = WEIGHT_FIELDS.get(term, f"{term}_weight")
-    return float(getattr(config, field) if hasattr(config, field) else config.routing_options.get(field, 1.0))
 
 
 def auxiliary_terms(routes: Trace, example_losses: Tensor | None = None) -> dict[str, Tensor]:
@@ -44,20 +34,33 @@ def auxiliary_terms(routes: Trace, example_losses: Tensor | None = None) -> dict
         example_losses: (B,), for reinforce.
 
     Raises:
-        ValueError: reinforce without `example_losses`, or a trace without a forward.
+        ValueError: reinforce without `example_losses` or with more or fewer than it chose experts for, or a trace
+            without a forward.
     """
     config = routes.config
     if config is None:
         raise ValueError("The trace holds no forward yet: call the model inside the with block first.")
     terms = {name: term_weight(config, name) * value for name, value in routes.losses.items()}
-    if routes.policies:
+    for policies in _policies(routes):
         if example_losses is None:
             raise ValueError(f"{config.routing} needs example_losses=(B,), the loss of each example.")
-        policies = list(routes.policies.values())
+        for policy in policies:
+            if len(policy.chosen) != len(example_losses):
+                raise ValueError(
+                    f"{config.routing} chose experts for {len(policy.chosen)} rows, and the loss is of "
+                    f"{len(example_losses)} examples; let loss_fn (of a trainer: example_losses) give one per row, "
+                    "such as losses.repeat_interleave(rows_per_example)."
+                )
         probs, chosen, baseline = (torch.stack([p[i].to(example_losses.device) for p in policies]) for i in range(3))
-        for name, value in reinforce(probs, chosen, baseline, example_losses).items():
-            terms[name] = term_weight(config, name) * value.to(example_losses.dtype)
+        made = reinforce(probs, chosen, baseline, example_losses)
+        add_terms(terms, {n: term_weight(config, n) * value.to(example_losses.dtype) for n, value in made.items()})
     return terms
+
+
+def _policies(routes: Trace) -> list[list[Policy]]:
+    """What REINFORCE chose, for each forward that chose something."""
+    policies = [[part.policy for part in made if part.policy is not None] for made in routes.made]
+    return [some for some in policies if some]
 
 
 def auxiliary_loss(routes: Trace, example_losses: Tensor | None = None) -> Tensor:
@@ -91,6 +94,9 @@ def routed_loss(
     loss, terms = smear_peft.routed_loss(model, batch)
     loss.backward()
     ```
+
+    A `loss_fn` may call the model again (two views of a batch, a teacher, the base under `disable_adapter()`): each
+    forward that wants gradients adds its terms, and REINFORCE's choices in each are judged by the same losses.
 
     Args:
         model: a model with active SMEAR adapters, wrapped (by PEFT, `DistributedDataParallel`) or not.
@@ -143,6 +149,9 @@ def routed_step(
 
     Raises:
         ValueError: a method has terms, and the model is wrapped in `DataParallel`, whose threads cannot be traced.
+
+    Warns:
+        UserWarning: in training no forward gave a term that the method's blocks give.
     """
     configs = _running_configs(model)
     traced = [name for name, config in configs.items() if term_names(config)]
@@ -153,16 +162,31 @@ def routed_step(
         )
     terms: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        traces = [stack.enter_context(trace(model, name)) for name in traced]
-        task, output, examples = forward()
+        traces = [StepTrace(base_model(model), name) for name in traced]
         for routes in traces:
-            given = examples() if routes.policies else None
-            for name, value in auxiliary_terms(routes, given).items():
-                terms[name] = terms[name] + value if name in terms else value
+            stack.enter_context(listening(routes))
+        task, output, examples = forward()
+        for name, routes in zip(traced, traces, strict=True):
+            given = examples() if _policies(routes) else None
+            found = auxiliary_terms(routes, given) if routes.config is not None else {}
+            if model.training:
+                _warn_of_missing_terms(configs[name], found)
+            add_terms(terms, found)
         weight = sum(term_weight(c, "consistency") for c in configs.values() if "consistency" in term_names(c))
         if weight and model.training:
             terms["consistency"] = weight * consistency(logits_of(output), logits_of(again()))
     return task, terms, output
+
+
+def _warn_of_missing_terms(config: SmearConfig, found: dict[str, Tensor]) -> None:
+    missing = [name for name in block_terms(config) if name not in found]
+    if missing and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"routing={config.routing!r} trained without its terms {', '.join(missing)}: in this step no forward that "
+            "wants gradients ran its blocks.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def logits_of(output: Any) -> Tensor:

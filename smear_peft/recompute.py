@@ -9,8 +9,11 @@ the running node. Two forwards in flight, with other tags each, have other numbe
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 from smear_peft.context import RoutingContext, current
 
 _FORWARDS: weakref.WeakSet[Forward] = weakref.WeakSet()
+# First and last numbers of forwards whose outputs showed no graph, of as many as may be in flight at once.
+_HIDDEN: deque[tuple[int, float, str]] = deque(maxlen=256)
 _LOCK = threading.Lock()
 
 
@@ -59,18 +64,30 @@ class Forward:
     def close(self, output: Any) -> None:
         """The forward is over; its record lives with the graph of its output."""
         self.end = torch.autograd._get_sequence_nr()
-        for part in tree_leaves(output):
-            node = part.grad_fn if isinstance(part, Tensor) else None
-            if node is not None:
-                kept: dict[Any, Any] = node.metadata  # type: ignore[assignment]
-                kept[self] = "read by smear_peft"
+        nodes = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
+        for node in nodes:
+            kept: dict[Any, Any] = node.metadata  # type: ignore[assignment]
+            kept[self] = "read by smear_peft"
+        if not nodes and self.noted:
+            with _LOCK:
+                _HIDDEN.append((self.noted[0][0], self.end, type(output).__name__))
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The tensors in an output: in its tuples, lists and dicts, and in dataclasses."""
+    for part in tree_leaves(output):
+        if isinstance(part, Tensor):
+            yield part
+        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+            yield from tensors_of([getattr(part, field.name) for field in dataclasses.fields(part)])
 
 
 def running() -> RoutingContext:
     """The context of the forward that runs in this thread, or that is being recomputed in it.
 
     Raises:
-        ValueError: forwards of several threads may be meant, or a re-entrant recomputation of a decoder.
+        ValueError: forwards of several threads may be meant, or one whose output hid its graph, or it is a re-entrant
+            recomputation of a decoder.
     """
     context = current()
     if torch.compiler.is_compiling() or context.recomputed or torch._C._current_graph_task_id() == -1:
@@ -79,10 +96,17 @@ def running() -> RoutingContext:
     number = node._sequence_nr()
     with _LOCK:
         found = [forward for forward in _FORWARDS if forward.noted and forward.noted[0][0] <= number < forward.end]
+        hidden = [kind for first, end, kind in _HIDDEN if first <= number < end]
     if len({forward.thread for forward in found}) > 1:
         raise ValueError(
             "Several threads have called models with gradient checkpointing, and a recomputation cannot tell whose "
             "routes it needs; train in one thread per process, or switch checkpointing off."
+        )
+    if not found and hidden:
+        raise ValueError(
+            f"A recomputation of gradient checkpointing cannot find the routes of its forward, whose output, a "
+            f"{hidden[-1]}, shows no tensor with a gradient; let the model return tensors, or tuples, lists, dicts or "
+            "dataclasses of them."
         )
     if not found:
         return RoutingContext(recomputed=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from smear_peft.context import current, entered
@@ -18,14 +19,25 @@ if TYPE_CHECKING:
     from smear_peft.routing.mixture import Mixture, Policy
 
 
+class Made(NamedTuple):
+    """What one call of a block gives to the loss: unweighted terms by name, and what REINFORCE's terms are made of."""
+
+    losses: dict[str, Tensor]
+    policy: Policy | None
+
+
 class Trace:
     """What the routed blocks of a model did in the last forward, by site name, sites in forward order.
+
+    Of a site that runs several times in a forward (layers that share their weights), the last time; `losses` are of
+    all times.
 
     Attributes:
         weights: (B, N), the distribution as used: after expert dropout and after `override_routes`.
         inputs: (B, D), what the routers saw; only for methods that look at the input.
         chosen: (B,), or (B, k) for top_k with k > 1; only for methods that choose experts.
         policies: what REINFORCE's loss needs; only for reinforce.
+        made: what the blocks gave to the loss, in the order of their calls, for each forward that counts: the last one.
         config: the traced adapter's configuration (that of its blocks), None before the first forward.
     """
 
@@ -44,15 +56,15 @@ class Trace:
         self.inputs: dict[str, Tensor] = {}
         self.chosen: dict[str, Tensor] = {}
         self.policies: dict[str, Policy] = {}
-        self._terms: dict[str, dict[str, Tensor]] = {}
+        self.made: list[list[Made]] = [[]]
 
     @property
     def losses(self) -> dict[str, Tensor]:
         """Unweighted auxiliary terms that need the forward alone, summed over sites: "selector", "balance"."""
         sums: dict[str, Tensor] = {}
-        for terms in self._terms.values():
-            for name, value in terms.items():
-                sums[name] = sums[name] + value if name in sums else value
+        for made in self.made:
+            for part in made:
+                add_terms(sums, part.losses)
         return sums
 
     def add(self, layer: SmearLayer, adapter: str, block: SmearBlock, mixture: Mixture, seen: Tensor | None) -> None:
@@ -68,8 +80,39 @@ class Trace:
             self.chosen[site] = mixture.chosen
         if mixture.policy is not None:
             self.policies[site] = mixture.policy
-        if mixture.losses:
-            self._terms[site] = mixture.losses
+        if mixture.losses or mixture.policy is not None:
+            self.made[-1].append(Made(mixture.losses, mixture.policy))
+
+
+class StepTrace(Trace):
+    """A trace of a whole training step: it keeps what the blocks gave to the loss in each of its forwards.
+
+    A loss function may call the model again: another view of the batch, the base under `disable_adapter()`, a teacher
+    under `no_grad`. A forward counts if it ran as the step was begun, in the same mode and with gradients if these were
+    wanted; the terms of those that count add up.
+    """
+
+    def __init__(self, root: nn.Module, adapter: str | None) -> None:
+        self.made = []
+        self.begun = root.training, torch.is_grad_enabled()
+        super().__init__(root, adapter)
+
+    def begin(self, tags: Any = None) -> None:
+        """Keep what earlier forwards made, and forget the rest of them."""
+        made = self.made
+        super().begin(tags)
+        self.made = [*made, []]
+
+    def add(self, layer: SmearLayer, adapter: str, block: SmearBlock, mixture: Mixture, seen: Tensor | None) -> None:
+        """Keep what one block did, if its forward counts."""
+        if (self.root.training, torch.is_grad_enabled()) == self.begun:
+            super().add(layer, adapter, block, mixture, seen)
+
+
+def add_terms(sums: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+    """Add terms to those of the same names, in place."""
+    for name, value in terms.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def routed_layers(model: nn.Module) -> Iterator[tuple[str, SmearLayer]]:
@@ -130,9 +173,16 @@ def trace(model: nn.Module, adapter: str | None = None) -> Iterator[Trace]:
             f"Several adapters are active: {', '.join(active)}. Say which one: trace(model, adapter='...')."
         )
     routes = Trace(root, adapter)
+    with listening(routes):
+        yield routes
+
+
+@contextmanager
+def listening(routes: Trace) -> Iterator[None]:
+    """Let a trace listen inside the `with` block."""
     outer = current()
     with entered(outer._replace(owner=routes, traces=(*outer.traces, routes))):
-        yield routes
+        yield
 
 
 @contextmanager

@@ -83,8 +83,11 @@ class RoutedCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """`routing_tags` and `example_ids` as (B,), `routing_mask` as (B, L), padded on the side of the text's padding.
 
+        That is the tokenizer's `padding_side` where the other collator has a `tokenizer`, else what its
+        `attention_mask` shows, else the right.
+
         Raises:
-            ValueError: some features have a column that others do not.
+            ValueError: some features have a column that others do not, or a mask is longer than the text.
         """
         columns: dict[str, list[Any]] = {}
         for name in ROUTED_ARGUMENTS:
@@ -96,15 +99,25 @@ class RoutedCollator:
         batch = self.collate([{k: v for k, v in feature.items() if k not in columns} for feature in features])
         for name, values in columns.items():
             rows = [torch.as_tensor(value) for value in values]
-            batch[name] = self._padded(rows, batch) if rows[0].ndim else torch.stack(rows)
+            batch[name] = self._padded(name, rows, batch) if rows[0].ndim else torch.stack(rows)
         return batch
 
-    def _padded(self, rows: list[Tensor], batch: dict[str, Any]) -> Tensor:
-        text = batch.get("input_ids")
-        length = max(len(row) for row in rows) if text is None else text.shape[1]
-        left = getattr(getattr(self.collate, "tokenizer", None), "padding_side", "right") == "left"
+    def _padded(self, name: str, rows: list[Tensor], batch: dict[str, Any]) -> Tensor:
+        text, longest = batch.get("input_ids"), max(len(row) for row in rows)
+        length = longest if text is None else text.shape[1]
+        if longest > length:
+            raise ValueError(
+                f"A {name} has {longest} positions, and the text of its batch {length}: cut both at the same place."
+            )
+        left = self._pads_left(batch.get("attention_mask"))
         missing = [(length - len(row), 0) if left else (0, length - len(row)) for row in rows]
         return torch.stack([nn.functional.pad(row, pad) for row, pad in zip(rows, missing, strict=True)])
+
+    def _pads_left(self, mask: Tensor | None) -> bool:
+        side = getattr(getattr(self.collate, "tokenizer", None), "padding_side", None)
+        if side is None and mask is not None and mask.ndim == 2:
+            return bool(((mask[:, 0] == 0) & (mask[:, -1] != 0)).any())
+        return side == "left"
 
 
 class SmearTrainer(Trainer):

@@ -42,9 +42,10 @@ def test_a_good_head_passes():
         ("google/t5-v1_1-base", "[3]", "base_model is \\[3\\]"),
         ("[nyu-mll/glue]", "[shared/data/glue]", "datasets holds 'shared/data/glue'"),
         ("[smear]", "['base_model:adapter:/data/t5']", "tag 'base_model:adapter:/data/t5' names a path"),
-        ("apache-2.0", "apache", "license is 'apache'; known: .*apache-2.0"),
+        ("apache-2.0", "Apache 2.0", "license is 'Apache 2.0', and no name such as apache-2.0"),
+        ("apache-2.0", "[3]", "license is \\[3\\]"),
         ("apache-2.0", "other", "needs license_name and license_link"),
-        ("text2text-generation\n", "seq2seq\n", "pipeline_tag is 'seq2seq'"),
+        ("text2text-generation\n", "Text to text\n", "pipeline_tag is 'Text to text', and no name such as fill-mask"),
         ("language: en", "language: English", "language 'English'"),
         ("adapter\n", "adaptor\n", "base_model_relation is 'adaptor'"),
         ("value: 0.5", "value: .nan", "accuracy is nan"),
@@ -58,6 +59,23 @@ def test_what_the_hub_would_refuse_is_named(good, bad, message):
     assert good in GOOD
     with pytest.raises(ValueError, match=message):
         check_card(card(GOOD.replace(good, bad, 1)))
+
+
+@pytest.mark.parametrize(
+    ("good", "also"),
+    [
+        ("apache-2.0", "llama3.1"),
+        ("apache-2.0", "bsd-2-clause"),
+        ("apache-2.0", "agpl-3.0"),
+        ("apache-2.0", "cc-by-nc-nd-4.0"),
+        ("pipeline_tag: text2text-generation", "pipeline_tag: fill-mask"),
+        ("pipeline_tag: text2text-generation", "pipeline_tag: sentence-similarity"),
+        ("google/t5-v1_1-base", "gpt2"),
+    ],
+)
+def test_what_the_hub_takes_passes(good, also):
+    assert good in GOOD
+    check_card(card(GOOD.replace(good, also, 1)))
 
 
 def test_a_folder_that_is_here_is_no_id(tmp_path, monkeypatch):

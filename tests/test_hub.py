@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 
 import huggingface_hub
 import pytest
@@ -116,6 +117,25 @@ def test_an_unknown_base_is_warned_of_and_no_path_gets_out(hub, saved, tmp_path)
     assert json.loads(hub.files(NAME)[CONFIG])["base_model_name_or_path"] is None
     with pytest.raises(ValueError, match="must be an id on the Hub"):
         push_to_hub(folder, NAME, base_model=str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["by name", "in the configuration"])
+def test_a_base_without_an_account_is_named(hub, saved, tmp_path, monkeypatch, given):
+    folder, name = shutil.copytree(saved, tmp_path / "local"), "t5-small"
+    if given == "by name":
+        push_to_hub(folder, NAME, base_model=name)
+    else:
+        config = json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": name}
+        (folder / CONFIG).write_text(json.dumps(config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            push_to_hub(folder, NAME)
+    assert json.loads(hub.files(NAME)[CONFIG])["base_model_name_or_path"] == name
+    assert ModelCard.load(NAME).data.base_model == name
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="must be an id on the Hub, 'user/name' or 'name', and no path"):
+        push_to_hub(folder, NAME, base_model=name)
 
 
 def test_private_repositories(hub, saved, tmp_path):

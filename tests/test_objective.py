@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification
 
 from smear_peft import ROUTINGS, SmearConfig, auxiliary_loss, routed_loss, trace
 from smear_peft.block import balance
@@ -23,6 +24,11 @@ def warned(call) -> list[str]:
         warnings.simplefilter("always")
         call()
     return [str(w.message) for w in caught if issubclass(w.category, UserWarning) and "routing=" in str(w.message)]
+
+
+def router_gradient(model) -> float:
+    found = [p.grad for name, p in model.named_parameters() if ".routing." in name and p.grad is not None]
+    return sum(grad.abs().sum().item() for grad in found)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -178,6 +184,64 @@ def test_a_wrapped_model_has_the_same_terms():
         routed_loss(nn.DataParallel(model), batch)
     plain = routed().eval()
     close(routed_loss(nn.DataParallel(plain), batch)[0], plain(**batch).loss)
+
+
+def test_a_trace_of_another_model_holds_no_terms_of_this_one():
+    model, other = routed(routing="reinforce").train(), routed()
+    with trace(other):
+        assert len(warned(lambda: model(**t5_batch()))) == 1
+
+
+# --- the loss of each example ---
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [
+        (1, torch.tensor([0.5, 4.2, 3.0])),
+        (1, torch.tensor([[0.5], [4.2], [3.0]])),
+        (1, torch.tensor([0, 4, 3])),
+        (4, torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])),
+        (4, torch.tensor([3, 0, 1])),
+    ],
+)
+def test_example_losses_are_those_of_transformers_problem_types(classes, labels):
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        num_labels=classes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = routed(BertForSequenceClassification(config), routing="reinforce", target_modules=["output.dense"])
+    batch = {"input_ids": t5_batch()["input_ids"], "labels": labels}
+    wanted = labels.float() if classes == 1 else labels
+    out = model(**{**batch, "labels": wanted})
+    each = example_losses(out.logits, labels)
+    assert each.shape == (3,)
+    close(each.mean(), out.loss)
+    alone = [model(**{name: x[row : row + 1] for name, x in {**batch, "labels": wanted}.items()}) for row in range(3)]
+    close(each, torch.stack([one.loss for one in alone]))
+    loss, terms = routed_loss(model.train(), {**batch, "labels": wanted})
+    assert list(terms) == ["task", *WITH_TERMS["reinforce"]]
+    loss.backward()
+    assert router_gradient(model) > 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [
+        ((3, 4), torch.ones(3)),
+        ((3, 4), torch.full((3, 4), 2.0)),
+        ((3, 5, 4), torch.ones(3, 5)),
+        ((3, 5, 6, 4), torch.ones(3, 5, 6)),
+        ((3, 4), torch.ones(3, 4, dtype=torch.long)),
+        ((3, 1), torch.ones(2)),
+        ((3,), torch.ones(3)),
+    ],
+)
+def test_labels_of_no_known_task_are_refused(logits, labels):
+    with pytest.raises(
+        ValueError, match=r"routed_loss a loss_fn that returns a \(B,\) tensor, or override.*example_losses"
+    ):
+        example_losses(torch.randn(logits), labels)
 
 
 def test_causal_language_models_predict_the_next_word():

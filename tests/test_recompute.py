@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -166,6 +167,51 @@ def test_nothing_outlives_the_graph(kind):
     (out if isinstance(out, Tensor) else out.loss).sum().backward()
     del out
     assert len(_FORWARDS) == before
+
+
+@dataclass
+class Plain:
+    """An output that torch's pytrees do not look into."""
+
+    value: Tensor
+
+
+class Opaque:
+    """One that nobody can look into."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+
+class Holding(Chain):
+    """Gives its output in something else than a tensor."""
+
+    def __init__(self, saving: bool, kind: type):
+        super().__init__(saving)
+        self.kind = kind
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None):
+        return self.kind(super().forward(x, attention_mask))
+
+
+def gradients_of(saving: bool, kind: type) -> list[Tensor]:
+    settings = {"target_modules": ["first"], "num_experts": 3, "bottleneck_dim": 4, "expert_dropout": 0.0}
+    model = get_peft_model(Holding(saving, kind).to(models.DEVICE), SmearConfig(**settings))
+    torch.manual_seed(5)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]).to(models.DEVICE)
+    enliven(model).train()(inputs(), attention_mask=mask).value.sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_an_output_that_is_a_plain_dataclass():
+    for a, b in zip(gradients_of(True, Plain), gradients_of(False, Plain), strict=True):
+        close(a, b)
+
+
+def test_an_output_that_hides_its_tensors_is_refused_where_it_matters():
+    assert len(gradients_of(False, Opaque)) > 0
+    with pytest.raises(ValueError, match=r"cannot find the routes of its forward, whose output, a Opaque"):
+        gradients_of(True, Opaque)
 
 
 def test_forwards_of_two_threads_are_not_mixed_up():

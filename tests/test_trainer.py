@@ -298,6 +298,30 @@ def test_collator_pads_routing_masks_on_the_side_of_the_text(side, expected):
     assert RoutedCollator(DataCollatorForSeq2Seq(tokenizer(side)))(data)["routing_mask"].tolist() == expected
 
 
+class LeftPadder:
+    """A collator of one's own that pads left and has no tokenizer to say so."""
+
+    def __call__(self, features):
+        length = max(len(f["input_ids"]) for f in features)
+        return {
+            "input_ids": torch.tensor([[0] * (length - len(f["input_ids"])) + f["input_ids"] for f in features]),
+            "attention_mask": torch.tensor(
+                [[int(i >= length - len(f["input_ids"])) for i in range(length)] for f in features]
+            ),
+        }
+
+
+def test_collator_sees_the_side_in_the_attention_mask_where_nobody_says_it():
+    data = [{"input_ids": [5, 6, 7], "routing_mask": [0, 1, 1]}, {"input_ids": [5, 6], "routing_mask": [1, 0]}]
+    assert RoutedCollator(LeftPadder())(data)["routing_mask"].tolist() == [[0, 1, 1], [0, 1, 0]]
+
+
+def test_collator_refuses_a_mask_that_is_longer_than_the_text():
+    data = [{"input_ids": [5, 6, 7], "labels": [3], "routing_mask": [0, 1, 1, 1, 1]}]
+    with pytest.raises(ValueError, match="A routing_mask has 5 positions, and the text of its batch 3"):
+        RoutedCollator(DataCollatorForSeq2Seq(tokenizer()))(data)
+
+
 def test_collator_names_a_column_that_some_examples_lack():
     data = rows(3)
     del data[1]["example_ids"]

@@ -111,9 +111,9 @@ class Run:
         """The base's id on the Hub, or None if it came from a file or was made for the run."""
         name = str(self.config["base"])
         if self.kind == TEXT:
-            return None if name == "random" else hub_id(name)
+            return None if name == "random" else base_id(name)
         if self.kind == CLASSES:
-            return MINILM_ON_HUB if name == MINILM else hub_id(name)
+            return MINILM_ON_HUB if name == MINILM else base_id(name)
         if self.config.get("weights") or name.startswith("local-dir:"):
             return None
         for prefix in ("hf-hub:", "hf_hub:", "timm/"):
@@ -131,7 +131,8 @@ class Run:
             return "a T5 with random weights"
         if name == MINILM:
             return "MiniLM"
-        if name.startswith("local-dir:") or hub_id(name) is None:
+        known = hub_id(name) if self.kind == IMAGES else base_id(name)
+        if name.startswith("local-dir:") or known is None:
             return {IMAGES: "a ResNet of its own", TEXT: "a T5 of its own", CLASSES: "an encoder of its own"}[self.kind]
         return name
 
@@ -172,7 +173,12 @@ def read_run(folder: Path) -> Run:
 
 def hub_id(name: str | None) -> str | None:
     """A name if it is a Hub id of the form user/name, and no folder that is here."""
-    if not name or name.count("/") != 1 or name.startswith((".", "/", "~", "$")) or Path(name).exists():
+    return base_id(name) if name and "/" in name else None
+
+
+def base_id(name: str | None) -> str | None:
+    """A name if it is a Hub id of a base, and no path that is here: old ones have no account ("gpt2")."""
+    if not name or name.startswith((".", "/", "~", "$")) or Path(name).exists():
         return None
     try:
         validate_repo_id(name)
