@@ -159,6 +159,7 @@ class Grouped(nn.Module):
         super().__init__()
         self.model = model
         self.groups = groups
+        self.pretrained_cfg = model.pretrained_cfg  # as timm's models say what they expect
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> logits."""

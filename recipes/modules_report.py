@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with writing(Path(report.out)) as folder:
         text = write_report(runs, folder)
     if report.keep:
-        keep(runs.folders, Path(report.out), Path(report.keep))
+        keep(runs.folders, Path(report.out), Path(report.keep), PICTURE)
     print(text)
 
 

@@ -35,7 +35,7 @@ from smear_peft.cards.runs import mean_and_deviation
 
 FIGURE_2 = "figure2.png"
 KEPT = ("metrics.json", "config.yaml", "routing.json", "routing_smear.json", "log.jsonl")
-KEPT_OF_REPORT = ("scores.csv", "tables.tex", FIGURE_2)
+KEPT_OF_REPORT = ("scores.csv", "tables.tex")
 
 
 @dataclass
@@ -166,13 +166,13 @@ def budget(runs: Iterable[Run]) -> str:
     return f"All saw {seen.pop():,} examples in training{least}. "
 
 
-def keep(runs: Iterable[Path], report: Path, folder: Path) -> None:
+def keep(runs: Iterable[Path], report: Path, folder: Path, picture: str = FIGURE_2) -> None:
     """The small parts of every run folder, and the report's tables; of its pictures the one that is over all rows."""
     with writing(folder) as place:
         lines = (report / "README.md").read_text(encoding="utf-8").splitlines(keepends=True)
-        shown = [line for line in lines if not line.startswith("![") or f"({FIGURE_2})" in line]
+        shown = [line for line in lines if not line.startswith("![") or f"({picture})" in line]
         write_text(place / "README.md", "".join(shown).rstrip() + "\n")
-        for part in (part for part in KEPT_OF_REPORT if (report / part).is_file()):
+        for part in (part for part in (*KEPT_OF_REPORT, picture) if (report / part).is_file()):
             shutil.copy(report / part, place / part)
         for run in runs:
             (place / run.name).mkdir()

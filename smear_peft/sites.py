@@ -98,11 +98,6 @@ def resolve(modules: dict[str, nn.Module], config: SmearConfig, stacks: Stacks) 
         config.target_modules = _shortest(names, modules, config)
     if config.train_layer_norms is None:
         config.train_layer_norms = config.expert_type == "bottleneck" and bool(paper_norm_names(modules))
-    elif config.train_layer_norms and not layer_norm_names(modules):
-        raise ValueError(
-            "train_layer_norms=True, but this model has no layer norms: no nn.LayerNorm with a weight, and no class "
-            "whose name ends in LayerNorm or RMSNorm. Leave train_layer_norms at None."
-        )
     if config.task_type in LATE_HEADS:
         wanted = [*(config.modules_to_save or ()), *LATE_HEADS[config.task_type]]
         config.modules_to_save = list(dict.fromkeys(wanted))
@@ -145,10 +140,19 @@ def trained_norms(modules: dict[str, nn.Module], config: SmearConfig) -> list[st
     """Names of the base's layer norms that a resolved `config` trains copies of.
 
     No sites are among them, and none is inside of `modules_to_save`.
+
+    Raises:
+        ValueError: the model has no layer norms at all.
     """
     if not config.train_layer_norms:
         return []
-    names = [name for name in layer_norm_names(modules) if not check_target_module_exists(config, name)]
+    found = layer_norm_names(modules)
+    if not found:
+        raise ValueError(
+            "train_layer_norms=True, but this model has no layer norms: no nn.LayerNorm with a weight, and no class "
+            "whose name ends in LayerNorm or RMSNorm. Leave train_layer_norms at None."
+        )
+    names = [name for name in found if not check_target_module_exists(config, name)]
     whole = config.modules_to_save or ()
     return [n for n in names if not any(re.match(rf"(^|.*\.){module}($|\..*)", n) for module in whole)]
 
