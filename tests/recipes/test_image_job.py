@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -285,6 +286,8 @@ def test_every_configurations_header_has_its_command_and_the_figure_to_expect(co
     lines = [line.strip("# ") for line in config.read_text().splitlines() if line.startswith("#")]
     header = " ".join(lines)
     assert f"--config recipes/configs/resnet_domainnet/{config.name}" in header
+    if config.stem != "pacs_smear":
+        assert re.search(r"an update needs \d\.\d GB beside weights and optimiser, on a CPU", header)
     figures = PAPER["rows"].get(config.stem)
     if figures is None:
         assert "Expected: not known" in header or "Measured (results/" in header
