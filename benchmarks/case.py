@@ -121,12 +121,7 @@ class Measured(NamedTuple):
 
     def met(self, pair: Pair) -> bool | None:
         """Whether a pair's target was met, if it has one."""
-        return None if pair.target is None else meets(self.ratio(pair).median, pair.target)
-
-
-def meets(ratio: float, target: float) -> bool:
-    """At the two decimals that targets have."""
-    return round(ratio, 2) <= target
+        return None if pair.target is None else self.ratio(pair).median <= pair.target
 
 
 def measure(case: Case, rounds: int | None = None, device: str = "cpu") -> Measured:

@@ -33,8 +33,8 @@ def load_base(base: str, weights: str | None = None) -> nn.Module:
     """
     if weights is not None:
         state = {name: tensor.float() for name, tensor in load_file(located(weights)).items()}
-        model = timm.create_model(base)
-        model.reset_classifier(state[f"{head_of(model)}.weight"].shape[0])  # type: ignore[operator]
+        head = timm.models.get_pretrained_cfg(base).classifier  # type: ignore[union-attr]
+        model = timm.create_model(base, num_classes=state[f"{head}.weight"].shape[0])
         model.load_state_dict(state)
         return model
     try:
