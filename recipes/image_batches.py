@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from recipes.image_set import ImageSet, LabelledImages
 from recipes.image_settings import TrainingSettings
 from recipes.image_views import IMAGENET, Colours, Crops, draw_crops, normalised
+from recipes.processes import cores
 
 Batch = dict[str, Tensor]
 
@@ -105,11 +105,6 @@ def scoring_batches(
     batches = torch.arange(len(images)).split(settings.eval_batch_size)
     requests = [Request(index) for index in itertools.islice(batches, rank, None, world)]
     return _loader(Views(images, settings, False, colours), requests, settings, world)
-
-
-def cores(world: int = 1) -> int:
-    """This process' share of the cores that it may run on, among `world` processes of a machine."""
-    return max(1, len(os.sched_getaffinity(0)) // world)
 
 
 def _loader(views: Views, requests: Plan | list[Request], settings: TrainingSettings, world: int) -> DataLoader[Batch]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from recipes.image_files import UNREADABLE, ImageFiles, decode, open_image
 from recipes.image_set import ImageSet, LabelledImages, Splits
-from recipes.processes import processes
+from recipes.processes import cores, processes
 from recipes.run_folder import read_json
 
 log = logging.getLogger(__name__)
@@ -172,7 +171,7 @@ def check_all(paths: Sequence[Path]) -> list[Tensor | str | None]:
     state = processes()
     rank, world = state.process_index, state.num_processes
     mine = paths[rank::world]
-    with Pool(max(1, len(os.sched_getaffinity(0)) // world)) as pool:
+    with Pool(cores(world)) as pool:
         checks = pool.imap(check, mine, chunksize=64)
         bar = tqdm(checks, desc="checking images", total=len(mine), leave=False, disable=None if rank == 0 else True)
         shares = gather_object([list(bar)])

@@ -53,12 +53,6 @@ def behind(norm: Affine, own: Affine, down: Tensor, bias: Tensor) -> tuple[Tenso
     return (ratio.unsqueeze(1) * down.double()).to(down.dtype), (bias.double() + more).to(bias.dtype)
 
 
-class Switch:
-    """Whether the base's statistics are held, for all of its BatchNorms."""
-
-    on = True
-
-
 class Hold:
     """Hooks of one BatchNorm of the base: while it runs, it uses its running statistics, whatever mode it is in.
 
@@ -66,11 +60,10 @@ class Hold:
 
     Args:
         norm: the BatchNorm.
-        switch: of the model.
     """
 
-    def __init__(self, norm: nn.Module, switch: Switch) -> None:
-        self.switch = switch
+    def __init__(self, norm: nn.Module) -> None:
+        self.on = True
         self.was_training = False
         self.hang(norm)
 
@@ -81,9 +74,9 @@ class Hold:
         norm.register_forward_hook(self.after, always_call=True)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Out of training mode, if the switch is on."""
+        """Out of training mode, if it is on."""
         self.was_training = module.training
-        if module.training and self.switch.on:
+        if module.training and self.on:
             module.training = False
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -105,25 +98,25 @@ class HoldHook:
 
     def __init__(self, places: list[tuple[nn.Module, str]], layers: list[SmearLayer]) -> None:
         self.layers = layers
-        self.switch = Switch()
-        self.holds = [(parent, name, Hold(getattr(parent, name), self.switch)) for parent, name in places]
+        self.holds = [(parent, name, Hold(getattr(parent, name))) for parent, name in places]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Set the switch, and hang the hooks that are missing."""
-        self.switch.on = any(
+        """Switch the holds on or off, and hang the hooks that are missing."""
+        on = any(
             layer.by_adapter[name].config.base_batch_norm == "frozen"  # type: ignore[union-attr]
             for layer in self.layers
             for name in layer.active_adapters
             if name in layer.by_adapter
         )
         for parent, name, hold in self.holds:
+            hold.on = on
             norm = getattr(parent, name, None)
             if norm is not hold.norm and isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 hold.hang(norm)
 
 
 def hold_statistics(root: nn.Module, layers: list[SmearLayer]) -> None:
-    """Keep the running statistics of the base's BatchNorms fixed in training, in place of an earlier `hold_statistics`.
+    """Keep the running statistics of the base's BatchNorms fixed in training, once all hooks are off (`uninstall`).
 
     Adapters' own BatchNorms, and those that are trained in full (`modules_to_save`), keep their own ways.
 
@@ -131,18 +124,8 @@ def hold_statistics(root: nn.Module, layers: list[SmearLayer]) -> None:
         root: the base model, with adapters.
         layers: its routed layers.
     """
-    release_statistics(root)
     if places := base_norms(root):
         root.register_forward_pre_hook(HoldHook(places, layers))
-
-
-def release_statistics(root: nn.Module) -> None:
-    """Take the hooks of `hold_statistics` off a root model and its parts."""
-    for module in root.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, hook in table.items() if isinstance(getattr(hook, "__self__", hook), Hold | HoldHook)]:
-                del table[key]
-                module._forward_hooks_always_called.pop(key, None)
 
 
 def base_norms(root: nn.Module) -> list[tuple[nn.Module, str]]:

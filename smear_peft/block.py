@@ -249,7 +249,7 @@ def converted(norm: nn.Module, x: Tensor, recomputed: bool) -> Tensor:
 
 def on(x: Tensor | None, device: torch.device) -> Tensor | None:
     """A tensor that is None or on a device: what came with the batch may be elsewhere, in a model over several."""
-    return x if x is None or x.device == device else x.to(device)
+    return None if x is None else x.to(device)
 
 
 def balance(mixture: Mixture) -> Tensor:

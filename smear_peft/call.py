@@ -29,11 +29,8 @@ class Call:
 
     def text_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """(B, L) of the text that a forward got, beams counted; None if it got none."""
-        for name, ndim in (("input_ids", 2), ("inputs_embeds", 3)):
-            value = self.get(name, args, kwargs)
-            if isinstance(value, Tensor) and value.ndim == ndim:
-                return value.shape[0], value.shape[1]
-        return None
+        shape = self.texts_shape(args, kwargs)
+        return (shape[0], shape[1]) if shape is not None and len(shape) == 2 else None
 
     def texts_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
         """(B, L) of the text that a forward got, or (B, C, L) where each example has C of them (multiple choice)."""

@@ -16,6 +16,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from smear_peft.batch_norm import Hold, HoldHook
 from smear_peft.block import missing_argument
 from smear_peft.call import Call
 from smear_peft.checkpointing import RoutedCheckpoint, route_checkpoints
@@ -243,4 +244,5 @@ def uninstall(root: nn.Module) -> None:
 
 
 def _is_ours(hook: Any) -> bool:
-    return isinstance(hook, RootHook | StackHook | TowerHook | LeaveHook) or hook is name_rows
+    owner = getattr(hook, "__self__", hook)  # of a hook that is a method
+    return isinstance(owner, RootHook | StackHook | TowerHook | LeaveHook | HoldHook | Hold) or hook is name_rows

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
-from smear_peft.batch_norm import base_norms, hold_statistics, release_statistics
+from smear_peft.batch_norm import base_norms, hold_statistics
 from smear_peft.config import SmearConfig
 from smear_peft.context import current, entered
 from smear_peft.hooks import install, uninstall
@@ -105,8 +105,9 @@ class SmearModel(BaseTuner):
     def _connect(self, model: nn.Module) -> None:
         model = base_model(model)  # torch.compile traces the hooks of what it wraps
         configs = [c for c in self.peft_config.values() if isinstance(c, SmearConfig)]
-        install(model, dict(routed_layers(model)), configs)
-        hold_statistics(model, [layer for _, layer in routed_layers(model)])
+        layers = dict(routed_layers(model))
+        install(model, layers, configs)
+        hold_statistics(model, list(layers.values()))
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Whether `key` is a site, or a layer norm that trains. PEFT asks for one name after another.
@@ -216,7 +217,6 @@ class SmearModel(BaseTuner):
         """
         model = super().unload()
         uninstall(base_model(model))
-        release_statistics(base_model(model))
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -98,6 +98,14 @@ def test_sentences_with_figures() -> None:
     assert f"between {min(points):.2f} and {max(points):.2f} of its time" in WORDS
     assert f"SMEAR needs {ratio('decode step, B=8', theirs='transcription')} of its time" in WORDS
     assert f"for ensembles ({ratio('forward and backward, B=16 S=128', 'ensemble', 'transcription')})" in WORDS
+    (step,) = (pair for case in CASES if "T5" in case["what"] and "step" in case["what"] for pair in case["pairs"])
+    assert (
+        f"A training step is {step['median']:.2f} with quartiles from {step['low']:.2f} to {step['high']:.2f}" in WORDS
+    )
+    (found,) = (case for case in CASES if "ensemble" in (case["least"] or {}))
+    assert f"Ensembles** reach {found['least']['ensemble'] / found['seconds']['ensemble']:.0%} of what" in WORDS
+    border = ratio("forward and backward, B=64 S=4", "project", "merge")
+    assert f"the same shape takes {border} of merging's time" in WORDS
     images = "ResNet18, 112 px, B=16, "
     formats = [ratio(images + mode, "plain, channels_last", "plain, NCHW") for mode in ("forward", "training step")]
     assert "takes {} (forward) and {} (training step) of NCHW's time".format(*formats) in WORDS
