@@ -5,6 +5,7 @@ Weights are random: speed does not depend on what a model knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -134,7 +135,8 @@ def least(pixels: int, images: int, train: bool) -> Least:
     ours: list[Work] = []
     plain: list[Work] = []
     for width, smaller in STAGES.items():
-        shape = Shape(images, -((-pixels // smaller) ** 2), width, BOTTLENECK, EXPERTS)
+        positions = math.ceil(pixels / smaller) ** 2
+        shape = Shape(images, positions, width, BOTTLENECK, EXPERTS)
         ours += 2 * smear(shape, train)
         plain += 2 * adapter(shape, train)
     kinds = {f"{kind}, {layout}": work for layout in (NCHW, LAST) for kind, work in ((SMEAR, ours), (PLAIN, plain))}

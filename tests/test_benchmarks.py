@@ -16,7 +16,7 @@ from benchmarks import pacs_speed, resnets, rivals, row_memory, t5, text_block, 
 from benchmarks.__main__ import main
 from benchmarks.case import Case, Least, Measured, Pair, Ratio, measure
 from benchmarks.plots import draw_plots
-from benchmarks.roofline import Rates, Shape, Work, adapter, measured_rates, product, seconds, smear
+from benchmarks.roofline import Rates, Shape, Work, adapter, measured_rates, product, seconds, smear, totals
 from recipes.image_settings import ImageJob
 from recipes.run_folder import write_yaml
 
@@ -124,6 +124,16 @@ def test_the_least_time_of_a_whole_model_is_a_plain_ones_and_what_merging_adds()
     case = Case("some model", dict, (Pair("SMEAR", "plain"),), least=least)
     found = Measured(case, {"SMEAR": [9.0], "plain": [7.0]}, Rates(flops=100, bytes=1))
     assert found.least == pytest.approx({"SMEAR": 7 + 2, "plain": 7})
+
+
+def test_the_least_of_a_resnet_counts_its_positions() -> None:
+    """Plain adapters of two blocks a stage: two products of all positions; 100 px leave 25, 13, 7 and 4 a side."""
+    found = resnets.least(100, 3, train=False)
+    sides = {64: 25, 128: 13, 256: 7, 512: 4}
+    flops = sum(2 * 2 * 2 * 3 * side**2 * width * resnets.BOTTLENECK for width, side in sides.items())
+    assert totals(found.work["plain, NCHW"], 4)[0] == pytest.approx(flops / 1e9)
+    merging = sum(2 * 2 * 3 * resnets.EXPERTS * 2 * width * resnets.BOTTLENECK for width in sides)
+    assert totals(found.work["SMEAR, NCHW"], 4)[0] == pytest.approx((flops + merging) / 1e9)
 
 
 def test_a_ratio_is_that_of_jobs_in_the_same_round() -> None:
