@@ -38,12 +38,13 @@ class Predictions(NamedTuple):
     seconds: float
 
 
-def on_device(batch: Batch, device: torch.device, channels_last: bool = False) -> Batch:
-    """A batch where the model is."""
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    if channels_last:
-        moved["x"] = moved["x"].contiguous(memory_format=torch.channels_last)
-    return moved
+def on_device(batch: Batch, device: torch.device, layout: torch.memory_format = torch.preserve_format) -> Batch:
+    """A batch where the model is, its images in the model's memory format."""
+    keep = torch.preserve_format
+    return {
+        name: tensor.to(device, non_blocking=True, memory_format=layout if tensor.ndim == 4 else keep)
+        for name, tensor in batch.items()
+    }
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def predict(
     start = time.perf_counter()
     batches = scoring_batches(images, settings, state.process_index, state.num_processes, Colours.of(model))
     for cpu_batch in tqdm(batches, desc=label, leave=False, disable=None if state.is_main_process else True):
-        batch = on_device(cpu_batch, device, settings.channels_last)
+        batch = on_device(cpu_batch, device, settings.memory_format)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
             if is_routed(model):
                 with smear_peft.trace(model) as routes:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from recipes.routed_row import RoutedRow
 from smear_peft import SmearConfig
 
 DIGITS = "digits"
 HUB = "wltjr1007/DomainNet"
 DATA = "$SMEAR_DATA"
+LARGE = 112  # pixels of a side, from which on channels_last was faster
 NOT_OF_DIGITS = ("domains", "dataset_revision", "stored_size", "validation_share", "test_list")
 
 
@@ -83,11 +86,20 @@ class TrainingSettings:
         metadata={"help": "The blocks' BatchNorms train as usual, or use their running statistics in training too."},
     )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast."})
-    channels_last: bool = field(default=False, metadata={"help": "Memory format; faster on many GPUs."})
+    channels_last: bool | None = field(
+        default=None,
+        metadata={"help": "Memory format. Default: from 112 pixels on, where it was faster on a CPU (docs/speed.md)."},
+    )
     workers: int | None = field(
         default=None, metadata={"help": "Processes that decode images. Default: one a core, none for images in memory."}
     )
     seed: int = field(default=0, metadata={"help": "Of the head, the adapter, the order and the crops."})
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the model and its images."""
+        last = self.image_size >= LARGE if self.channels_last is None else self.channels_last
+        return torch.channels_last if last else torch.contiguous_format
 
 
 @dataclass

@@ -66,8 +66,7 @@ def train(
         raise ValueError(f"batch_size={settings.batch_size} is no multiple of {world} processes.")
     if rank:  # its own expert dropout
         torch.manual_seed(settings.seed + OTHER_STREAM * rank)
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model.to(memory_format=settings.memory_format)
     plain, trained = model, [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = smear_peft.parameter_groups(model, settings.learning_rate, settings.skill_factor)
     model, optimizer = accelerator.prepare(model, torch.optim.Adam(groups, lr=settings.learning_rate))
@@ -83,7 +82,7 @@ def train(
     first = progress.step
     for step in range(first, settings.steps):
         start = time.perf_counter()
-        batch = on_device(next(batches), accelerator.device, settings.channels_last)
+        batch = on_device(next(batches), accelerator.device, settings.memory_format)
         progress.waiting += time.perf_counter() - start
         if step == first or not plain.training:  # validation leaves `plain` alone in evaluation mode
             training_mode(model, settings)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from recipes import rescore
 from recipes.domain_scores import by_domain
 from recipes.image_models import save_base
-from recipes.image_settings import ImageJob
+from recipes.image_settings import ImageJob, TrainingSettings
 from recipes.resnet_domainnet import load_base, main, run
 from recipes.run_folder import read_json, read_yaml
 from tests.launch import torchrun
@@ -230,6 +230,7 @@ def test_two_processes_train_in_training_mode_after_a_validation(pictures, tmp_p
     [
         {"bf16": True},
         {"channels_last": True},
+        {"image_size": 112},
         {"stored_size": None, "workers": 2},
         {"base": "resnet26", "weights": None},
         {"adapter_options": {"norm": "none"}, "base_batch_norm": "drift"},
@@ -306,6 +307,13 @@ def test_there_is_a_configuration_and_a_job_of_every_row():
     for name in ("pacs", "glue_encoder"):
         jobs = read_yaml(ROOT / "recipes" / "configs" / "sweeps" / f"{name}.yaml")["jobs"]
         assert fourteen <= {entry["name"] for entry in jobs}
+
+
+def test_large_images_are_channels_last_unless_it_is_said():
+    formats = {(size, said): TrainingSettings(image_size=size, channels_last=said).memory_format
+               for size in (64, 112, 224) for said in (None, True, False)}  # fmt: skip
+    last = {key for key, layout in formats.items() if layout == torch.channels_last}
+    assert last == {(112, None), (224, None), *((size, True) for size in (64, 112, 224))}
 
 
 def test_the_settings_that_smear_spells_out_are_the_defaults():
