@@ -133,6 +133,21 @@ def test_the_learning_rate_of_pacs_is_the_one_that_validation_chose():
     assert read_yaml(SWEEPS / "pacs.yaml")["fields"]["learning_rate"] == best.config["learning_rate"]
 
 
+def test_the_budget_of_glue_is_the_one_that_validation_chose():
+    runs = [read_run(folder, "validation") for folder in find_runs([ROOT / "results" / "glue_encoder_budget"])]
+    assert {run.config["routing"] for run in runs} == {"single"}
+    best, second, *_ = sorted(runs, key=lambda run: -run.scores["average"])
+    glue = read_yaml(SWEEPS / "glue_encoder.yaml")["fields"]
+    for name in ("learning_rate", "adapter_options", "steps", "dtype"):
+        assert best.config[name] == glue[name]
+    normed = [run.scores["average"] for run in runs if run.config["adapter_options"] is None]
+    lone, other = (f"{run.scores['average']:.1f}" for run in (best, second))
+    assert "({:.1f} and {:.1f} at two learning rates, {} without".format(*normed, lone) in PAGE
+    words = " ".join((SWEEPS / "glue_encoder.yaml").read_text().replace("#", "").split())
+    assert f"{lone} beside {other} of 3e-4, one seed; by the mean of tasks 3e-4 is ahead, " in words
+    assert "{:.1f} to {:.1f}".format(*(run.scores["task average"] for run in (second, best))) in words
+
+
 def test_budgets_are_those_of_the_sweep_files():
     pacs, glue = (read_yaml(SWEEPS / name)["fields"] for name in ("pacs.yaml", "glue_encoder.yaml"))
     assert f"the same {pacs['steps']} batches of 64 images" in PAGE
