@@ -54,15 +54,17 @@ def settings_of_rows(sweep: Path) -> dict[str, ImageJob]:
 
 
 def row_model(job: ImageJob, domains: list[str], classes: int) -> nn.Module:
-    """The row's adapter on an untrained base."""
+    """The row's adapter on an untrained base, in the memory format that the recipe gives it."""
     torch.manual_seed(0)
-    return adapt(timm.create_model(job.base.partition(".")[0]), job.smear_config(domains), classes)
+    model = adapt(timm.create_model(job.base.partition(".")[0]), job.smear_config(domains), classes)
+    return model.to(memory_format=job.memory_format)
 
 
 def batch_of(job: ImageJob) -> Batch:
     """One batch of random images."""
     size, numbers = job.image_size, torch.arange(job.batch_size)
     x = torch.randn(job.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=job.memory_format)
     return {"x": x, "routing_tags": numbers % len(DOMAINS), "example_ids": numbers, "labels": numbers % CLASSES}
 
 

@@ -60,7 +60,7 @@ def predict(
         label: of the progress bar.
     """
     state, device = processes(), next(model.parameters()).device
-    model.eval()
+    model.eval().to(memory_format=settings.memory_format)  # a model that was loaded runs as the trained one did
     found: list[tuple[Tensor, Tensor]] = []
     sums: dict[str, Tensor] = {}
     start = time.perf_counter()

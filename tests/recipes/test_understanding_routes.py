@@ -9,12 +9,12 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from recipes import report
-from recipes.report_runs import find_runs, group, read_run
 from recipes.resnet_domainnet import run
 from recipes.run_folder import read_yaml, write_yaml
 from smear_peft.analysis import read_routes, similarity, specialisation
 from tests.pages import run_examples
 from tests.recipes.pictures import job, picture_folder
+from tests.recipes.test_does_routing_pay import EVENLY, apart, rows_of
 from tests.recipes.test_report import cells
 
 PAGE = (Path(__file__).parents[2] / "docs" / "understanding-routes.md").read_text()
@@ -79,24 +79,21 @@ def test_the_findings_are_those_of_the_committed_runs():
     ]
     assert [line for line in FINDINGS.splitlines() if re.match(r"\| (\w+ and|layer)", line)] == lines
 
-    rows = group(read_run(folder) for folder in find_runs([root / "results/pacs"]))
-
-    def points(row, other, column="micro"):
-        return [a.scores[column] - b.scores[column] for a, b in zip(rows[row], rows[other], strict=True)]
+    rows = rows_of("pacs")
 
     def p(differences):
         return f"(p = {ttest_1samp(differences, 0).pvalue:.3f}"
 
     fair, sketch, art = (
-        points("smear_no_dropout", "smear_trained_uniform", column) for column in ("micro", "sketch", "art_painting")
+        apart(rows, "smear_no_dropout", "smear_trained_uniform", name) for name in ("micro", "sketch", "art_painting")
     )
-    tag = points("smear", "tag")
-    lost = fmean(run.scores["micro"] - run.uniform["micro"] for run in rows["smear"])
+    tag = apart(rows, "smear", "tag")
+    lost = fmean(apart(rows, "smear", f"smear{EVENLY}"))
     for words in (
         f"is {fmean(fair):+.1f} points of micro {p(fair)})",
         f"{fmean(sketch):.1f} more on sketches, the domain that is routed apart {p(sketch)})",
         f"{-fmean(art):.1f} fewer on paintings, which share with photos {p(art)},",
-        f"`smear` less 1x parameters is {fmean(points('smear', '1x_parameters')):+.1f}.",
+        f"`smear` less 1x parameters is {fmean(apart(rows, 'smear', '1x_parameters')):+.1f}.",
         f"`smear` loses {lost:.1f}:",
         f"is {fmean(tag):.1f} below `smear` {p(tag)})",
     ):
