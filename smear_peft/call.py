@@ -27,6 +27,11 @@ class Call:
         index = self.positions.get(name, len(args))
         return args[index] if index < len(args) else None
 
+    def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The cache of earlier tokens, or None; transformers before 5.24 call it `past_key_values`."""
+        found = (self.get(name, args, kwargs) for name in ("cache", "past_key_values"))
+        return next((cache for cache in found if cache is not None), None)
+
     def text_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """(B, L) of the text that a forward got, beams counted; None if it got none."""
         shape = self.texts_shape(args, kwargs)

@@ -107,8 +107,7 @@ class RootHook:
     def _is_step(self, generation: Generation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if generation.prompt is None:
             return generation.is_step(self.call.get("encoder_outputs", args, kwargs))
-        cache, ids = (self.call.get(name, args, kwargs) for name in ("past_key_values", "input_ids"))
-        return generation.prompt.is_step(cache, ids)
+        return generation.prompt.is_step(self.call.cache(args, kwargs), self.call.get("input_ids", args, kwargs))
 
     def context(self, module: nn.Module, given: dict[str, Any], rows: int | None) -> RoutingContext:
         """The context that a call's routing arguments make, checked against what the active methods need.

@@ -130,8 +130,8 @@ class PromptFinder:
         Raises:
             ValueError: the call does not say where its prompt is, or has none.
         """
-        names = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "past_key_values")
-        ids, embeds, attention, labels, positions, cache = (self.call.get(name, args, kwargs) for name in names)
+        names = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids")
+        ids, embeds, attention, labels, positions = (self.call.get(name, args, kwargs) for name in names)
         generation = context.generation
         if generation is not None and generation.prompt is not None:
             return generation.prompt.take(embeds if ids is None else ids, attention, generation)
@@ -141,7 +141,7 @@ class PromptFinder:
                 self.warned = warn_of_seen_labels(context.routing_mask, labels)
             return context.routing_mask
         if labels is None:
-            raise ValueError(missing(None, cached=cache is not None))
+            raise ValueError(missing(None, cached=self.call.cache(args, kwargs) is not None))
         mask = as_mask(attention, "attention_mask")
         check_one_text(positions, mask)
         return from_labels(labels, mask)
@@ -173,7 +173,7 @@ class Prompt:
         """Whether a forward is a step of the call, and not the user's own in between (of a logits processor, say).
 
         Args:
-            cache: its `past_key_values`: all steps share one.
+            cache: of earlier tokens: all steps share one.
             ids: its `input_ids`: without a cache, the text of every step begins as that of the first.
         """
         if self._first is None:
@@ -203,8 +203,8 @@ class Prompt:
         if rows.shape[1] < length:
             raise ValueError(
                 f"The first step of generate got {rows.shape[1]} of the prompt's {length} positions, but a route is "
-                "taken from the whole prompt at once. Leave prefill_chunk_size unset, and pass no past_key_values of "
-                "an earlier call."
+                "taken from the whole prompt at once. Leave prefill_chunk_size unset, and pass no cache "
+                "(past_key_values) of an earlier call."
             )
         mask = self.mask
         if mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:

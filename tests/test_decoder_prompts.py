@@ -9,7 +9,7 @@ from smear_peft import SmearConfig, list_sites, trace
 
 from .decoders import DECODERS, METHODS, SHAPES, a_few_always, decoder, other_token, prompt, training
 from .families import PROMPT, ROWS, small_config
-from .routed import close, enliven, extras, routed
+from .routed import close, enliven, extras, routed, transformers_door
 from .test_families import as_training
 from .test_generation import DECODINGS, generate, router_calls
 
@@ -151,7 +151,9 @@ def added_by_transformers() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: decoder(task_type="CAUSAL_LM"), added_by_transformers], ids=["task", "added"]
+    "build",
+    [lambda: decoder(task_type="CAUSAL_LM"), pytest.param(added_by_transformers, marks=transformers_door)],
+    ids=["task", "added"],
 )
 def test_every_way_to_wrap_a_model(build):
     model, batch, expected = build(), training(), decoder()

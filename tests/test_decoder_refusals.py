@@ -17,7 +17,7 @@ from .decoders import (
     training,
 )
 from .families import PROMPT, ROWS, small_config
-from .routed import close, extras, routed
+from .routed import CACHE, close, extras, routed
 
 
 def test_without_a_prompt_to_route_on():
@@ -56,13 +56,13 @@ def test_a_cache_of_one_s_own_is_refused():
     with torch.no_grad():
         cache = model(**batch, routing_mask=batch["attention_mask"]).past_key_values
         with pytest.raises(ValueError, match=r"cache of earlier tokens.*generate\(\)"):
-            model(input_ids=torch.full((ROWS, 1), 5), past_key_values=cache)
+            model(input_ids=torch.full((ROWS, 1), 5), **{CACHE: cache})
     longer = {
         "input_ids": torch.cat([batch["input_ids"], torch.full((ROWS, 2), 5)], 1),
         "attention_mask": torch.cat([batch["attention_mask"], torch.ones(ROWS, 2, dtype=torch.long)], 1),
     }
     with pytest.raises(ValueError, match="past_key_values"):
-        model.generate(**longer, past_key_values=cache, max_new_tokens=2)
+        model.generate(**longer, **{CACHE: cache}, max_new_tokens=2)
 
 
 def test_a_prompt_in_chunks_is_refused():

@@ -11,7 +11,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from smear_peft import ROUTINGS, SmearConfig, SmearLayer, trace
 
 from .models import t5_batch, tiny_t5
-from .routed import close, enliven, extras, routed, shared
+from .routed import close, enliven, extras, routed, shared, transformers_door
 
 STEPS = {"max_new_tokens": 6, "min_new_tokens": 6}
 DECODINGS = {
@@ -105,7 +105,9 @@ def added_by_transformers() -> nn.Module:
     return enliven(base).eval()
 
 
-@pytest.mark.parametrize("build", [peft_with_task_type, added_by_transformers])
+@pytest.mark.parametrize(
+    "build", [peft_with_task_type, pytest.param(added_by_transformers, marks=transformers_door)]
+)
 @pytest.mark.parametrize("decoding", ["greedy", "beams returned"])
 def test_every_way_to_wrap_a_model_generates_the_same(build, decoding):
     expected, _ = generate(shared(), **sources(), **DECODINGS[decoding])

@@ -9,7 +9,9 @@ from smear_peft import SmearConfig, SmearLayer, load, trace
 
 from .adapters import SMALL, answer, same
 from .models import t5_batch, tiny_t5
-from .routed import enliven, routed
+from .routed import enliven, routed, transformers_door
+
+pytestmark = transformers_door
 
 
 @pytest.fixture
