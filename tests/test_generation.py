@@ -105,9 +105,7 @@ def added_by_transformers() -> nn.Module:
     return enliven(base).eval()
 
 
-@pytest.mark.parametrize(
-    "build", [peft_with_task_type, pytest.param(added_by_transformers, marks=transformers_door)]
-)
+@pytest.mark.parametrize("build", [peft_with_task_type, pytest.param(added_by_transformers, marks=transformers_door)])
 @pytest.mark.parametrize("decoding", ["greedy", "beams returned"])
 def test_every_way_to_wrap_a_model_generates_the_same(build, decoding):
     expected, _ = generate(shared(), **sources(), **DECODINGS[decoding])
