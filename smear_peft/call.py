@@ -8,6 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CACHES = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
+
+
+def holds_tokens(cache: Any) -> bool:
+    """Whether a cache of earlier tokens has any; not looked at inside a compiled graph."""
+    if cache is None or torch.compiler.is_compiling():
+        return False
+    length = getattr(cache, "get_seq_length", None)
+    return bool(length() > 0) if callable(length) else True
+
 
 class Call:
     """Looks up arguments of a module's forward, given by name or by position."""
@@ -28,8 +38,8 @@ class Call:
         return args[index] if index < len(args) else None
 
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The cache of earlier tokens, or None; transformers before 5.24 call it `past_key_values`."""
-        found = (self.get(name, args, kwargs) for name in ("cache", "past_key_values"))
+        """The cache of earlier tokens, or None."""
+        found = (self.get(name, args, kwargs) for name in CACHES)
         return next((cache for cache in found if cache is not None), None)
 
     def text_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -159,8 +159,9 @@ ROUTED_ARGUMENTS = ("routing_tags", "example_ids", "routing_mask")
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """B of a call, from the first tensor that it was given."""
-    preferred = ("input_ids", "inputs_embeds", "inputs", "pixel_values", "input_features", "encoder_outputs")
-    values = [kwargs.get(name) for name in preferred] + list(args) + list(kwargs.values())
+    texts = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs")]
+    others = [kwargs.get(name) for name in ("pixel_values", "input_features", "encoder_outputs")]
+    values = [*texts, *args, *others, *kwargs.values()]  # args may be texts, and an example have any number of images
     for value in values:
         if isinstance(value, Tensor) and value.ndim > 0:
             return value.shape[0]

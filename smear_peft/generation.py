@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smear_peft.call import CACHES, holds_tokens
 from smear_peft.context import ROUTED_ARGUMENTS, Source, as_mask, batch_size, entered
 from smear_peft.pooling import pool
 from smear_peft.prompt import Prompt, missing
@@ -157,6 +158,11 @@ class RoutedGenerate:
 
     @staticmethod
     def _prompt(routing_mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
+        if any(holds_tokens(kwargs.get(name)) for name in CACHES):
+            raise ValueError(
+                "generate was given a cache (past_key_values) of an earlier call, but a route is taken from the whole "
+                "prompt at once. Leave it out and pass the whole text."
+            )
         given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
         ids = next((value for value in given if isinstance(value, Tensor) and value.ndim > 1), None)
         if routing_mask is None:

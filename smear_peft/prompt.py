@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from smear_peft.call import holds_tokens
 from smear_peft.context import as_mask
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def from_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         if empty:
             raise ValueError(
                 f"Rows {empty[:8]} have no prompt: their first label that is not -100 is at their first position, and "
-                f"a route taken from the text would see the answer. {WHAT_TO_PASS}"
+                f"a route taken from the text would see the answer. (Packing cuts texts anywhere: leave it off.) "
+                f"{WHAT_TO_PASS}"
             )
     return prompt
 
@@ -69,7 +71,8 @@ def missing(name: str | None, cached: bool) -> str:
         )
     return (
         f"{where} has no prompt to route on: a route taken from the whole text would see the answer that it is to "
-        f"predict. {WHAT_TO_PASS} (Under label smoothing or a compute_loss_func, Trainer keeps labels from the model.)"
+        f"predict. {WHAT_TO_PASS} (Under label smoothing, a compute_loss_func, or TRL's compute_metrics and predict, a "
+        "trainer keeps labels from the model.)"
     )
 
 
@@ -135,13 +138,15 @@ class PromptFinder:
         generation = context.generation
         if generation is not None and generation.prompt is not None:
             return generation.prompt.take(embeds if ids is None else ids, attention, generation)
+        if holds_tokens(self.call.cache(args, kwargs)):
+            raise ValueError(missing(None, cached=True))
         labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
         if context.routing_mask is not None:
             if labels is not None and not self.warned:
                 self.warned = warn_of_seen_labels(context.routing_mask, labels)
             return context.routing_mask
         if labels is None:
-            raise ValueError(missing(None, cached=self.call.cache(args, kwargs) is not None))
+            raise ValueError(missing(None, cached=False))
         mask = as_mask(attention, "attention_mask")
         check_one_text(positions, mask)
         return from_labels(labels, mask)
@@ -193,7 +198,7 @@ class Prompt:
             generation: knows the beams.
 
         Raises:
-            ValueError: the step does not hold the whole prompt.
+            ValueError: the step does not hold the whole prompt, or says of its padding what only attention reads.
         """
         if self.taken:
             return None
@@ -203,11 +208,15 @@ class Prompt:
         if rows.shape[1] < length:
             raise ValueError(
                 f"The first step of generate got {rows.shape[1]} of the prompt's {length} positions, but a route is "
-                "taken from the whole prompt at once. Leave prefill_chunk_size unset, and pass no cache "
-                "(past_key_values) of an earlier call."
+                "taken from the whole prompt at once. Leave prefill_chunk_size unset."
             )
         mask = self.mask
-        if mask is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        if mask is None and attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+                raise ValueError(
+                    "generate was given no attention_mask and made one that only attention can read, as it does for a "
+                    "static cache, so routers cannot tell the prompt from its padding. Pass attention_mask=(B, L)."
+                )
             mask = generation.first_beams(attention_mask)[:, :length]
         prompt = rows.new_zeros(rows.shape[:2], dtype=torch.bool)
         prompt[:, :length] = True if mask is None else mask != 0

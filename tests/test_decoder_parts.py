@@ -109,6 +109,21 @@ def test_llava_generates_with_the_routes_and_the_logits_of_training():
         assert (weights[0] - weights[1]).abs().max() > 1e-3
 
 
+def test_rows_are_those_of_the_texts_where_images_are_fewer():
+    model, batch = routed(llava(), expert_dropout=0.0), with_images(training())
+    ids, mask = (batch[name][:, : PROMPT + 4].clone() for name in ("input_ids", "attention_mask"))
+    ids[1:, :4] = mask[1:, :4] = 0
+    how = {"attention_mask": mask, "pixel_values": batch["pixel_values"][:1], "max_new_tokens": 2}
+    found = []
+    for args, named in (((), {"input_ids": ids}), ((ids,), {})):
+        with trace(model) as routes:
+            model.generate(*args, **named, **how, suppress_tokens=[IMAGE])
+        found.append(routes.weights)
+    for site, weights in found[0].items():
+        assert weights.shape == (ROWS, 3)
+        assert torch.equal(found[1][site], weights)
+
+
 @pytest.mark.parametrize("vision", [CLIPVisionConfig, ViTConfig])
 def test_sites_of_an_image_s_part_are_left_out_and_refused(vision):
     model = llava(vision=vision)

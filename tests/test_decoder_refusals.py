@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import GPT2Config, GPT2Model
+from transformers import DynamicCache, GPT2Config, GPT2Model
 
 from smear_peft import SmearConfig
 from smear_peft.context import RoutingContext, current
@@ -57,12 +57,29 @@ def test_a_cache_of_one_s_own_is_refused():
         cache = model(**batch, routing_mask=batch["attention_mask"]).past_key_values
         with pytest.raises(ValueError, match=r"cache of earlier tokens.*generate\(\)"):
             model(input_ids=torch.full((ROWS, 1), 5), **{CACHE: cache})
+        for said in ("routing_mask", "labels"):  # which would speak for the last token alone
+            with pytest.raises(ValueError, match=r"cache of earlier tokens.*generate\(\)"):
+                model(input_ids=torch.full((ROWS, 1), 5), **{said: torch.ones(ROWS, 1, dtype=torch.long), CACHE: cache})
     longer = {
         "input_ids": torch.cat([batch["input_ids"], torch.full((ROWS, 2), 5)], 1),
         "attention_mask": torch.cat([batch["attention_mask"], torch.ones(ROWS, 2, dtype=torch.long)], 1),
     }
-    with pytest.raises(ValueError, match="past_key_values"):
-        model.generate(**longer, **{CACHE: cache}, max_new_tokens=2)
+    for extra in ({}, {"routing_mask": longer["attention_mask"]}):
+        with pytest.raises(ValueError, match="past_key_values"):
+            model.generate(**longer, **extra, **{CACHE: cache}, max_new_tokens=2)
+    fresh = DynamicCache(config=model.get_base_model().config)
+    tokens = model.generate(**batch, **{CACHE: fresh}, max_new_tokens=2)
+    assert torch.equal(tokens, model.generate(**batch, max_new_tokens=2))
+
+
+def test_padding_that_only_attention_can_tell_is_refused():
+    model, batch = decoder(), prompt()
+    static = {"cache_implementation": "static", "max_new_tokens": 2}
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)
+    with pytest.raises(ValueError, match=r"Pass attention_mask=\(B, L\)"):
+        model.generate(input_ids=ids, **static)
+    tokens = model.generate(**batch, **static)
+    assert torch.equal(tokens, model.generate(**batch, max_new_tokens=2))
 
 
 def test_a_prompt_in_chunks_is_refused():

@@ -40,6 +40,8 @@ def test_fine_tuning_as_the_readme_has_it(tmp_path, monkeypatch, capsys):
     tokenizer(" ".join(words)).save_pretrained("base")
     assert '"Qwen/Qwen3-0.6B"' in code
     code = code.replace('"Qwen/Qwen3-0.6B"', '"base"')
-    exec(code.replace("max_steps=20", "max_steps=2, use_cpu=True, report_to=[]"), {})
+    names: dict = {}
+    exec(code.replace("max_steps=20", "max_steps=2, use_cpu=True, report_to=[]"), names)
+    assert not names["trainer"].model.training, "it would answer with experts dropped"
     assert "3 plus 4 is" in capsys.readouterr().out
     assert (tmp_path / "runs" / "sums" / "adapter_model.safetensors").is_file()

@@ -172,7 +172,7 @@ def test_a_base_in_bfloat16(family):
     assert all(torch.isfinite(value).all() for value in gradients(model, batch).values())
 
 
-@each_but_mostly_slow(EVERY, always=("bart", "modernbert", "llama", "resnet", "vit"))  # the quickest of each kind
+@each_but_mostly_slow(EVERY, always=("bart", "modernbert", "llama", "resnet", "vit", "timm resnet"))  # the quickest
 @pytest.mark.feature("`torch.compile`, one graph", "encoder", "encoder-decoder", "decoder-only", "image")
 def test_one_graph(family):
     if torch.__version__.startswith("2.9."):

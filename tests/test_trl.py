@@ -42,11 +42,13 @@ def trainer(folder, model: nn.Module, config: SmearConfig | None = None, **argum
         "learning_rate": 0.05,
         "gradient_checkpointing": False,
     }
+    texts = Dataset.from_list([{"prompt": prompt, "completion": f" {text}"} for prompt, text in TEXTS])
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     return trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(str(folder), bf16=False, **quiet, **{**settings, **arguments}),
-        train_dataset=Dataset.from_list([{"prompt": prompt, "completion": f" {text}"} for prompt, text in TEXTS]),
+        train_dataset=texts,
+        eval_dataset=texts,
         processing_class=tokenizer(),
         peft_config=config,
     )
@@ -90,6 +92,19 @@ def test_routes_of_its_batches_are_those_of_generate(tmp_path):
         assert routes.weights
         for site, weights in routes.weights.items():
             close(weights[0], trained.weights[site][row])
+
+
+def test_evaluation(tmp_path):
+    """Its loss is that of the batches in training; what keeps labels from the model is told what that means."""
+    config = SmearConfig(num_experts=3, bottleneck_dim=4, task_type="CAUSAL_LM", expert_dropout=0.0)
+    run = trainer(tmp_path, llama(), config)
+    model = enliven(run.model).eval()
+    found = run.evaluate()["eval_loss"]
+    with torch.no_grad():
+        batch = run.data_collator([run.eval_dataset[row] for row in range(len(TEXTS))])
+        assert found == pytest.approx(model(**batch).loss.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="TRL's compute_metrics and predict"):
+        run.predict(run.eval_dataset)
 
 
 def test_packed_texts_are_refused(tmp_path):
