@@ -1,26 +1,21 @@
 """docs/does-routing-pay.md says what the committed runs say, and what the sweep files are."""
 
 import re
-from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-from scipy.stats import t, ttest_1samp
 
-from recipes import report, sweep
-from recipes.report_runs import find_runs, group, read_run
+from recipes import sweep
+from recipes.report_runs import find_runs, read_run
 from recipes.run_folder import read_json, read_yaml
+from smear_peft.analysis import read_routes, similarity
+from tests.recipes.compared import EVENLY, apart, figures, least, p_value, rows_of, seeds_for, values
 from tests.recipes.small import ROOT
 from tests.recipes.test_report import cells
 
-PAGE = " ".join((ROOT / "docs" / "does-routing-pay.md").read_text().split())
-TABLE = (ROOT / "docs" / "does-routing-pay.md").read_text().partition("| row | less |")[2].partition("\n\n")[0]
+TEXT = (ROOT / "docs" / "does-routing-pay.md").read_text()
+PAGE = " ".join(TEXT.split())
 SWEEPS = ROOT / "recipes" / "configs" / "sweeps"
-EVENLY = ", merged evenly in the test"
-
-
-def rows_of(name):
-    return group(read_run(folder) for folder in find_runs([ROOT / "results" / name]))
 
 
 @pytest.fixture(scope="module")
@@ -28,60 +23,56 @@ def rows():
     return rows_of("pacs")
 
 
-def micro(runs, column="micro"):
-    return [run.scores[column] for run in runs]
+@pytest.fixture(scope="module")
+def glue():
+    return rows_of("glue_encoder")
 
 
-def apart(rows, row, other, column="micro"):
-    """Of each seed; the other row as it is, or under even routes."""
-    runs, even = rows[other.removesuffix(EVENLY)], other.endswith(EVENLY)
-    values = [run.uniform[column] for run in runs] if even else micro(runs, column)
-    return [a - b for a, b in zip(micro(rows[row], column), values, strict=True)]
+def table(title):
+    """The cells of a section's table of differences."""
+    lines = TEXT.partition(f"\n## {title}")[2].partition("| row | less |")[2].partition("\n\n")[0].splitlines()
+    return [line.strip("| ").replace("`", "").split(" | ") for line in lines[2:]]
 
 
-def least(differences):
-    """The mean at which a paired t test gives 0.05, with the spread of these."""
-    count = len(differences)
-    return t.ppf(0.975, count - 1) * stdev(differences) / count**0.5
-
-
-def test_every_row_has_five_seeds_of_the_same_budget(rows):
-    assert len(rows) == 19
+def test_every_row_has_its_seeds_and_the_budget_of_all(rows, glue):
+    assert (len(rows), len(glue)) == (19, 16)
     assert {tuple(run.seed for run in runs) for runs in rows.values()} == {(0, 1, 2, 3, 4)}
+    assert {tuple(run.seed for run in runs) for runs in glue.values()} == {(0, 1, 2)}
     assert {run.metrics["images_seen"] for runs in rows.values() for run in runs} == {300 * 64}
+    assert {run.metrics["examples_seen"] for runs in glue.values() for run in runs} == {512 * 32}
 
 
-def test_the_table_is_that_of_the_runs(rows):
-    lines = [line.strip("| ").replace("`", "").split(" | ") for line in TABLE.splitlines()[2:]]
+@pytest.mark.parametrize(
+    ("kept", "title", "column"),
+    [("pacs", "Images: PACS", "micro"), ("glue_encoder", "Text: GLUE on MiniLM", "average")],
+)
+def test_the_tables_are_those_of_the_runs(kept, title, column):
+    rows, lines = rows_of(kept), table(title)
     assert {("smear_no_dropout", "smear_trained_uniform"), ("smear", "1x_parameters")} <= {
         (line[0], line[1]) for line in lines
     }
-    for row, other, *figures in lines:
-        found = apart(rows, row, other)
-        p = ttest_1samp(found, 0).pvalue
-        assert figures == [f"{fmean(found):+.1f}", f"{p:.3f}", f"{least(found):.1f}"]
+    for row, other, *found in lines:
+        assert found == figures(apart(rows, row, other, column)), (row, other)
 
 
-def test_the_report_has_the_same_differences(rows, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    report.main([str(ROOT / "results" / "pacs"), "--out", "out", "--reference", "smear_trained_uniform"])
-    found = cells(Path("out/README.md").read_text(), "Differences in micro", "smear_no_dropout")
-    expected = apart(rows, "smear_no_dropout", "smear_trained_uniform")
-    assert found[1:5] == [
-        "smear_trained_uniform", f"{fmean(expected):+.1f}", "5", f"{ttest_1samp(expected, 0).pvalue:.3f}"]  # fmt: skip
+@pytest.mark.parametrize(("kept", "column", "seeds"), [("pacs", "micro", "5"), ("glue_encoder", "average", "3")])
+def test_the_report_has_the_same_differences(kept, column, seeds):
+    text = (ROOT / "results" / kept / "README.md").read_text()
+    found = cells(text, f"Differences in {column} from smear_trained_uniform", "smear_no_dropout")
+    points, p, _ = figures(apart(rows_of(kept), "smear_no_dropout", "smear_trained_uniform", column))
+    assert found[1:5] == ["smear_trained_uniform", points, seeds, p]
 
 
 def test_the_numbers_in_the_text(rows):
     images = rows["smear"][0].metrics["images"]
     assert f"{round(300 * 64 / images['train'])} passes over {images['train']:,}" in PAGE
     assert f"on {images['test']:,} images" in PAGE
-    small = rows_of("pacs_readme")
-    found = apart(small, "smear", "smear_trained_uniform")
-    assert f"{fmean(found):+.1f} (p = {ttest_1samp(found, 0).pvalue:.2f})" in PAGE
-    glue = read_json(ROOT / "results" / "small_glue" / "metrics.json")
-    trained, merged = glue["average"]["metrics"], glue["uniform_routes"]["average"]["metrics"]
+    found = apart(rows_of("pacs_readme"), "smear", "smear_trained_uniform", "micro")
+    assert f"{fmean(found):+.1f} (p = {p_value(found):.2f})" in PAGE
+    small = read_json(ROOT / "results" / "small_glue" / "metrics.json")
+    trained, merged = small["average"]["metrics"], small["uniform_routes"]["average"]["metrics"]
     assert f"{trained:.1f} as trained, {merged:.1f} with the experts merged" in PAGE
-    assert f"one seed, {glue['steps']:,} batches of 32" in PAGE
+    assert f"one seed, {small['steps']:,} batches of 32" in PAGE
 
 
 def test_what_the_sentences_on_pacs_say(rows):
@@ -91,31 +82,91 @@ def test_what_the_sentences_on_pacs_say(rows):
         return fmean(apart(rows, row, other, column))
 
     even = "smear_trained_uniform"
-    first = apart(rows, "smear_no_dropout", even)
-    assert f"{fmean(first):+.1f} points (p = {ttest_1samp(first, 0).pvalue:.3f}), where {least(first):.1f}" in text
+    first = apart(rows, "smear_no_dropout", even, "micro")
+    assert f"{fmean(first):+.1f} points (p = {p_value(first):.3f}), where {least(first):.1f}" in text
     assert f"sketches ({points('smear_no_dropout', even, 'sketch'):+.1f})" in text
     assert f"paintings lose ({points('smear_no_dropout', even, 'art_painting'):+.1f})" in text
-    wide = apart(rows, "1x_parameters", "smear")
-    assert f"one wide adapter is {fmean(wide):.1f} above `smear` (p = {ttest_1samp(wide, 0).pvalue:.3f})" in text
+    wide = apart(rows, "1x_parameters", "smear", "micro")
+    assert f"one wide adapter is {fmean(wide):.1f} above `smear` (p = {p_value(wide):.3f})" in text
     assert fmean(wide) - least(wide) > -1.2, "the paper's lead lies outside"
     choosing = [points("smear", row) for row in ("top_k", "st_gumbel", "reinforce")]
     below_even = [points(even, row) for row in ("top_k", "st_gumbel", "reinforce")]
     assert f"end {min(choosing):.1f} to {max(choosing):.1f} points below" in text
     assert f"and {min(below_even):.1f} to {max(below_even):.1f} below experts that never had a router" in text
     assert f"`smear` loses {points('smear', 'smear' + EVENLY):.1f} points" in text
-    spread = stdev(first)
-    seeds = next(n for n in range(3, 100) if t.ppf(0.975, n - 1) * spread / n**0.5 <= 0.5)
-    assert f"a mean of half a point has p = 0.05 at {seeds} seeds" in PAGE
+    assert f"a mean of half a point has p = 0.05 at {seeds_for(0.5, first)} seeds on PACS" in PAGE
 
 
-def test_the_readme_says_the_same(rows):
+def test_what_the_sentences_on_glue_say(glue):
+    text = PAGE.partition("## Text: GLUE on MiniLM")[2].partition("## What would change the answer")[0]
+    even = "smear_trained_uniform"
+
+    def points(row, other):
+        return fmean(apart(glue, row, other, "average"))
+
+    first = apart(glue, "smear_no_dropout", even, "average")
+    assert (
+        f"{fmean(first):+.1f} points (p = {p_value(first):.3f}), where {least(first):.1f} would have been found" in text
+    )
+    for row, other, words in (
+        ("smear", even, "`smear` is {:+.1f} (p = {:.3f}) from even routes"),
+        ("smear", "1x_parameters", "`smear` less one wide adapter is {:+.1f} (p = {:.3f})"),
+    ):
+        found = apart(glue, row, other, "average")
+        assert words.format(fmean(found), p_value(found)) in text
+    choosing = [points("smear", row) for row in ("top_k", "st_gumbel", "reinforce")]
+    below_even = [points(even, row) for row in ("top_k", "st_gumbel", "reinforce")]
+    tested = [p_value(apart(glue, "smear", row, "average")) for row in ("top_k", "st_gumbel", "reinforce")]
+    spread = f"(p from {min(tested):.3f} to {max(tested):.3f})"
+    assert f"end {min(choosing):.1f} to {max(choosing):.1f} points below `smear` {spread}" in text
+    wide = apart(glue, "smear", "1x_parameters", "average")
+    assert fmean(wide) + least(wide) > 1.4, "the paper's lead lies within"
+    assert f"and {min(below_even):.1f} to {max(below_even):.1f} below experts that never had a router" in text
+    assert f"`smear` loses {points('smear', 'smear' + EVENLY):.1f} points" in text
+    assert f"at {seeds_for(0.5, first)} on GLUE" in PAGE
+    asked = sum(found["test"] for found in glue["smear"][0].metrics["rows"].values())
+    assert f"on all {asked:,} test rows" in text
+    assert len(read_routes(glue["smear"][0].folder)) == 12
+
+
+def test_the_table_of_routes_by_task(glue):
+    alike = {}
+    for run in glue["smear"]:
+        for a, b, value in similarity(read_routes(run.folder)).pairs():
+            alike.setdefault((a, b), []).append(value)
+    found = sorted(alike.items(), key=lambda pair: -fmean(pair[1]))
+    lines = TEXT.partition("| tasks | alike")[2].partition("\n\n")[0].splitlines()[2:]
+    assert lines == [
+        f"| {a} and {b} | {fmean(some):.2f} | {min(some):.2f} to {max(some):.2f} |"
+        for (a, b), some in (*found[:4], *found[-4:])
+    ]
+    assert f"of {len(found)} pairs" in PAGE
+    lone = {"cola", "sst2"}
+    assert max(fmean(some) for (a, b), some in found if len({a, b} & lone) == 1 and "mrpc" in (a, b)) < min(
+        fmean(some) for (a, b), some in found if len({a, b} & lone) != 1
+    )
+
+
+def test_the_readme_says_the_same_of_both(rows, glue):
     readme = " ".join((ROOT / "README.md").read_text().split())
-    found = {row: f"{fmean(micro(runs)):.1f} ± {stdev(micro(runs)):.1f}" for row, runs in rows.items()}
+    text = {row: shown(glue, row, "average") for row in glue}
+    assert f"([results/glue_encoder](results/glue_encoder/README.md), {sum(map(len, glue.values()))} runs)" in readme
+    assert f"SMEAR {text['smear']}, merged evenly in training and test {text['smear_trained_uniform']}" in readme
+    assert f"equal parameters {text['1x_parameters']}; " in readme
+    for row in ("top_k", "st_gumbel", "reinforce"):
+        assert f"`{row}` {text[row]}" in readme
+    found = {row: shown(rows, row, "micro") for row in rows}
     assert f"([results/pacs](results/pacs/README.md), {sum(map(len, rows.values()))} runs)" in readme
     assert f"SMEAR {found['smear']}, merged evenly in training and test {found['smear_trained_uniform']}" in readme
     assert f"equal parameters {found['1x_parameters']}." in readme
     for row in ("top_k", "st_gumbel", "reinforce"):
         assert f"`{row}` {found[row]}" in readme
+
+
+def shown(rows, row, column):
+    """Mean and deviation as pages have them."""
+    some = values(rows, row, column)
+    return f"{fmean(some):.1f} ± {stdev(some):.1f}"
 
 
 def test_the_papers_numbers():
@@ -160,4 +211,5 @@ def test_budgets_are_those_of_the_sweep_files():
         assert f"{len(jobs)} jobs" in PAGE
         assert {"smear_2x", "smear_trained_uniform", "1x_parameters"} <= {job.folder.name.split("-")[0] for job in jobs}
         assert f"`recipes/configs/sweeps/{name}`" in PAGE
-    assert set(re.findall(r"`(results/\w+)`", PAGE)) == {"results/pacs", "results/pacs_readme", "results/small_glue"}
+    kept = {f"results/{name}" for name in ("pacs", "pacs_readme", "small_glue", "glue_encoder")}
+    assert set(re.findall(r"`(results/\w+)`", PAGE)) == kept
