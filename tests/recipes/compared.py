@@ -1,11 +1,12 @@
 """Rows of kept runs beside each other, seed by seed: what docs/does-routing-pay.md says is worked out here again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from scipy.stats import t, ttest_1samp
 
 from recipes.report_runs import Run, find_runs, group, read_run
+from smear_peft.analysis import Routes, similarity
 from tests.recipes.small import ROOT
 
 EVENLY = ", merged evenly in the test"
@@ -39,6 +40,20 @@ def least(differences: Sequence[float]) -> float:
     """The mean at which a paired t test gives 0.05, with the spread of these."""
     count = len(differences)
     return float(t.ppf(0.975, count - 1)) * stdev(differences) / count**0.5
+
+
+def alike(runs: Iterable[Routes]) -> dict[tuple[str, str], list[float]]:
+    """How alike the routes of each two data sets are in each run, the most alike first."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for routes in runs:
+        for first, second, value in similarity(routes).pairs():
+            found.setdefault((first, second), []).append(value)
+    return dict(sorted(found.items(), key=lambda pair: -fmean(pair[1])))
+
+
+def spread(name: str, some: Sequence[float]) -> str:
+    """A line of a table: mean, least and most."""
+    return f"| {name} | {fmean(some):.2f} | {min(some):.2f} to {max(some):.2f} |"
 
 
 def figures(differences: Sequence[float]) -> list[str]:

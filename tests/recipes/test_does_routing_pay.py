@@ -8,8 +8,8 @@ import pytest
 from recipes import sweep
 from recipes.report_runs import find_runs, read_run
 from recipes.run_folder import read_json, read_yaml
-from smear_peft.analysis import read_routes, similarity
-from tests.recipes.compared import EVENLY, apart, figures, least, p_value, rows_of, seeds_for, values
+from smear_peft.analysis import read_routes
+from tests.recipes.compared import EVENLY, alike, apart, figures, least, p_value, rows_of, seeds_for, spread, values
 from tests.recipes.small import ROOT
 from tests.recipes.test_report import cells
 
@@ -117,8 +117,8 @@ def test_what_the_sentences_on_glue_say(glue):
     choosing = [points("smear", row) for row in ("top_k", "st_gumbel", "reinforce")]
     below_even = [points(even, row) for row in ("top_k", "st_gumbel", "reinforce")]
     tested = [p_value(apart(glue, "smear", row, "average")) for row in ("top_k", "st_gumbel", "reinforce")]
-    spread = f"(p from {min(tested):.3f} to {max(tested):.3f})"
-    assert f"end {min(choosing):.1f} to {max(choosing):.1f} points below `smear` {spread}" in text
+    range_of_p = f"(p from {min(tested):.3f} to {max(tested):.3f})"
+    assert f"end {min(choosing):.1f} to {max(choosing):.1f} points below `smear` {range_of_p}" in text
     wide = apart(glue, "smear", "1x_parameters", "average")
     assert fmean(wide) + least(wide) > 1.4, "the paper's lead lies within"
     assert f"and {min(below_even):.1f} to {max(below_even):.1f} below experts that never had a router" in text
@@ -130,16 +130,9 @@ def test_what_the_sentences_on_glue_say(glue):
 
 
 def test_the_table_of_routes_by_task(glue):
-    alike = {}
-    for run in glue["smear"]:
-        for a, b, value in similarity(read_routes(run.folder)).pairs():
-            alike.setdefault((a, b), []).append(value)
-    found = sorted(alike.items(), key=lambda pair: -fmean(pair[1]))
+    found = list(alike(read_routes(run.folder) for run in glue["smear"]).items())
     lines = TEXT.partition("| tasks | alike")[2].partition("\n\n")[0].splitlines()[2:]
-    assert lines == [
-        f"| {a} and {b} | {fmean(some):.2f} | {min(some):.2f} to {max(some):.2f} |"
-        for (a, b), some in (*found[:4], *found[-4:])
-    ]
+    assert lines == [spread(f"{a} and {b}", some) for (a, b), some in (*found[:4], *found[-4:])]
     assert f"of {len(found)} pairs" in PAGE
     lone = {"cola", "sst2"}
     assert max(fmean(some) for (a, b), some in found if len({a, b} & lone) == 1 and "mrpc" in (a, b)) < min(

@@ -6,15 +6,14 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from scipy.stats import ttest_1samp
 
 from recipes import report
 from recipes.resnet_domainnet import run
 from recipes.run_folder import read_yaml, write_yaml
-from smear_peft.analysis import read_routes, similarity, specialisation
+from smear_peft.analysis import read_routes, specialisation
 from tests.pages import run_examples
+from tests.recipes.compared import EVENLY, alike, apart, p_value, rows_of, spread
 from tests.recipes.pictures import job, picture_folder
-from tests.recipes.test_does_routing_pay import EVENLY, apart, rows_of
 from tests.recipes.test_report import cells
 
 PAGE = (Path(__file__).parents[2] / "docs" / "understanding-routes.md").read_text()
@@ -67,33 +66,26 @@ def test_names_in_the_text_are_those_of_the_sweep_and_the_report():
 def test_the_findings_are_those_of_the_committed_runs():
     root = Path(__file__).parents[2]
     routes = [read_routes(folder) for folder in sorted((root / "results/pacs").glob("smear-seed*"))]
-    shared: dict = {}
-    for some in routes:
-        for a, b, value in similarity(some).pairs():
-            shared.setdefault(f"{a} and {b}", []).append(value)
     told = {site: [specialisation(some)[site].information for some in routes] for site in routes[0]}
-    ordered = sorted(shared.items(), key=lambda pair: -fmean(pair[1]))
-    lines = [
-        f"| {name} | {fmean(values):.2f} | {min(values):.2f} to {max(values):.2f} |"
-        for name, values in [*ordered, *told.items()]
-    ]
+    shared = {f"{a} and {b}": values for (a, b), values in alike(routes).items()}
+    lines = [spread(name, values) for name, values in (shared | told).items()]
     assert [line for line in FINDINGS.splitlines() if re.match(r"\| (\w+ and|layer)", line)] == lines
 
     rows = rows_of("pacs")
 
     def p(differences):
-        return f"(p = {ttest_1samp(differences, 0).pvalue:.3f}"
+        return f"(p = {p_value(differences):.3f}"
 
     fair, sketch, art = (
         apart(rows, "smear_no_dropout", "smear_trained_uniform", name) for name in ("micro", "sketch", "art_painting")
     )
-    tag = apart(rows, "smear", "tag")
-    lost = fmean(apart(rows, "smear", f"smear{EVENLY}"))
+    tag = apart(rows, "smear", "tag", "micro")
+    lost = fmean(apart(rows, "smear", f"smear{EVENLY}", "micro"))
     for words in (
         f"is {fmean(fair):+.1f} points of micro {p(fair)})",
         f"{fmean(sketch):.1f} more on sketches, the domain that is routed apart {p(sketch)})",
         f"{-fmean(art):.1f} fewer on paintings, which share with photos {p(art)},",
-        f"`smear` less 1x parameters is {fmean(apart(rows, 'smear', '1x_parameters')):+.1f}.",
+        f"`smear` less 1x parameters is {fmean(apart(rows, 'smear', '1x_parameters', 'micro')):+.1f}.",
         f"`smear` loses {lost:.1f}:",
         f"is {fmean(tag):.1f} below `smear` {p(tag)})",
     ):
